@@ -1,0 +1,38 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytorch_rnn_models as rnn  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors are slower on many threads, and much slower where the cores are busy."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The data of every task in the quick configuration, seed 0."""
+    return {name: task.build_data(getattr(rnn.QUICK, name), 0) for name, task in rnn.TASKS.items()}
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory):
+    """The output folder of one run of the quick experiment."""
+    directory = tmp_path_factory.mktemp("quick")
+    assert rnn.main(["--quick", "--output-dir", str(directory)]) == 0
+    return directory
+
+
+def new_model(task, name, data, seed=0, **changes):
+    torch.manual_seed(seed)
+    return rnn.TASKS[task].models[name](**{**data[task].arguments, **changes})
+

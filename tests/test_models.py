@@ -1,0 +1,100 @@
+"""The nine classes: shapes, gradients, parameters, padding, initial weights, and what can be drawn from them."""
+
+import pickle
+
+import pytest
+import pytorch_rnn_models as rnn
+import torch
+from conftest import new_model
+from torch import nn
+
+CLASSES = [
+    (f"{name}{kind}", name, kind) for kind in ("Classifier", "Predictor", "Forecaster") for name in rnn.MODEL_NAMES
+]
+TEXT_PARAMETERS = {"RNN": 15_200, "GRU": 45_600, "LSTM": 60_800}
+LAYERS = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
+
+
+def build(class_name, kind, **changes):
+    """A model of the default sizes, inputs for it, and the shape that its output should have."""
+    torch.manual_seed(0)
+    model_class = getattr(rnn, class_name)
+    if kind == "Classifier":
+        return model_class(300, 50, 100, 1, **changes), torch.randint(1, 300, (4, 12)), (4, 1)
+    if kind == "Predictor":
+        return model_class(300, 50, 100, **changes), torch.randint(1, 300, (4, 10)), (4, 300)
+    return model_class(2, 32, 3, **changes), torch.randn(4, 50, 2), (4, 3)
+
+
+@pytest.mark.parametrize(("class_name", "name", "kind"), CLASSES)
+def test_shapes_gradients_and_layers(class_name, name, kind):
+    model, inputs, shape = build(class_name, kind)
+    output = model(inputs)
+    assert output.shape == shape
+    output.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    assert [type(layer) for layer in layers] == [LAYERS[name]], "each wraps the stock layer"
+    assert layers[0].num_layers == (2 if kind == "Forecaster" else 1)
+
+
+@pytest.mark.parametrize(("class_name", "name", "kind"), CLASSES[:6])
+def test_recurrent_parameters_of_the_text_models(class_name, name, kind):
+    model, *_ = build(class_name, kind)
+    assert rnn.count_parameters(model)["recurrent"] == TEXT_PARAMETERS[name]
+
+
+@pytest.mark.parametrize(("class_name", "name", "kind"), CLASSES)
+def test_parameter_counts_add_up(class_name, name, kind):
+    model, inputs, _ = build(class_name, kind)
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(rnn.count_parameters(model).values()) == total
+    assert sum(layer["parameters"] for layer in rnn.describe(model, inputs)) == total
+
+
+@pytest.mark.parametrize("name", rnn.MODEL_NAMES)
+def test_classifier_gives_probabilities_that_padding_does_not_change(name):
+    model, ids, _ = build(f"{name}Classifier", "Classifier")
+    model.eval()
+    padded = torch.cat([ids, torch.zeros(4, 80, dtype=torch.long)], dim=1)
+    output = model(ids)
+    assert ((output >= 0) & (output <= 1)).all()
+    torch.testing.assert_close(model(padded), output)
+    mixed = padded.clone()
+    mixed[1, 5:] = 0  # a shorter review beside longer ones
+    torch.testing.assert_close(model(mixed)[1:2], model(ids[1:2, :5]))
+    assert model(torch.zeros(1, 7, dtype=torch.long)).isfinite().all(), "a review without words has an answer too"
+
+
+@pytest.mark.parametrize("name", rnn.MODEL_NAMES)
+def test_initial_weights(name):
+    model, *_ = build(f"{name}Classifier", "Classifier")
+    layer = model.recurrent.rnn
+    for gate in layer.weight_hh_l0.detach().split(100):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(100), atol=1e-4, rtol=0)
+    bias = (layer.bias_ih_l0 + layer.bias_hh_l0).detach().split(100)
+    for i, gate in enumerate(bias):
+        assert (gate == (1.0 if name == "LSTM" and i == 1 else 0.0)).all()
+    assert not model.embedding.weight[0].any()
+    assert model.embedding.weight[1:].std().item() == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize(("class_name", "name", "kind"), CLASSES)
+def test_models_can_be_pickled_and_have_a_docstring_of_their_own(class_name, name, kind):
+    model, inputs, _ = build(class_name, kind)
+    copy = pickle.loads(pickle.dumps(model.eval()))
+    assert torch.equal(copy(inputs), model(inputs))
+    assert "__doc__" in vars(type(model)) and vars(type(model))["__doc__"]
+
+
+def test_description_follows_the_live_model(data):
+    inputs = data["classifier"].train.inputs[:3]
+    model = new_model("classifier", "GRU", data, n_layers=2, dropout=0.4)
+    model.head = nn.Sequential(nn.Linear(100, 7), nn.Linear(7, 1), nn.Sigmoid())
+    model.train()
+    layers = rnn.describe(model, inputs)
+    kinds = [layer["kind"] for layer in layers]
+    assert kinds == ["Embedding", "GRU", "Recurrent", "Dropout", "Linear", "Linear", "Sigmoid"]
+    assert layers[1]["shape"] == [inputs.shape[1], 100] and "num_layers=2" in layers[1]["settings"]
+    assert layers[4]["shape"] == [7] and layers[4]["parameters"] == 707
+    assert model.training, "the mode is as it was"

@@ -1,0 +1,198 @@
+"""The whole pipeline on the quick configuration: files, tables, figures, checkpoints, errors."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import pytorch_rnn_models as rnn
+import torch
+from conftest import CPU, ROOT
+
+README = (ROOT / "README_pytorch.md").read_text(encoding="utf-8")
+PNGS = {
+    "pytorch_rnn_classifier_training_history.png",
+    "pytorch_rnn_predictor_training_history.png",
+    "pytorch_rnn_forecaster_training_history.png",
+    "pytorch_rnn_time_series_predictions.png",
+    "pytorch_rnn_parameter_counts.png",
+    "pytorch_rnn_architectures.png",
+    "pytorch_rnn_performance_summary.png",
+}
+TABLES = {"pytorch_rnn_runs.csv", "pytorch_rnn_summary.csv", "pytorch_rnn_summary.md"}
+RUNS = [f"{task}_{name}_seed42" for task in rnn.TASKS for name in rnn.MODEL_NAMES]
+
+
+def test_a_run_leaves_every_file_of_the_contract_and_no_other(quick_run):
+    found = {str(path.relative_to(quick_run)) for path in quick_run.rglob("*") if path.is_file()}
+    runs = {f"runs/{name}.json" for name in RUNS} | {f"models/{name}.pt" for name in RUNS}
+    assert found == PNGS | TABLES | runs
+    for name in PNGS:
+        content = (quick_run / name).read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) > 10_000
+
+
+def test_runs_table(quick_run):
+    table = pd.read_csv(quick_run / "pytorch_rnn_runs.csv")
+    assert list(table) == (
+        "task,model,seed,parameters,recurrent_parameters,epochs,best_epoch,seconds,"
+        "val_loss,test_loss,test_accuracy,test_mse,test_mae"
+    ).split(",")
+    assert [f"{r.task}_{r.model}_seed{r.seed}" for r in table.itertuples()] == RUNS
+    text, series = table[table["task"] != "forecaster"], table[table["task"] == "forecaster"]
+    assert text["test_accuracy"].between(0, 1).all() and text["test_mse"].isna().all()
+    assert series["test_accuracy"].isna().all() and (series["test_mse"] > 0).all() and (series["test_mae"] > 0).all()
+    assert dict(zip(text["model"], text["recurrent_parameters"])) == {"RNN": 15_200, "LSTM": 60_800, "GRU": 45_600}
+
+
+def test_summary_table(quick_run):
+    table = pd.read_csv(quick_run / "pytorch_rnn_summary.csv")
+    assert list(table) == "task,name,kind,metric,mean,std,n".split(",")
+    assert set(table["kind"]) == {"model", "baseline", "ceiling"}
+    assert set(table["metric"]) == {"accuracy", "loss", "mse", "mae"}
+    assert (table["n"] == 1).all() and table["std"].isna().all()
+    runs = pd.read_csv(quick_run / "pytorch_rnn_runs.csv").set_index(["task", "model"])
+    for row in table[table["kind"] == "model"].itertuples():
+        assert row.mean == pytest.approx(runs.loc[(row.task, row.name), f"test_{row.metric}"])
+
+
+def test_means_and_deviations_over_seeds(quick_run, tmp_path):
+    records = rnn.read_records(quick_run, rnn.QUICK)
+    other = json.loads(json.dumps(records))
+    for record in other:
+        record["seed"] = 43
+        record["test"] = {name: value + 0.1 for name, value in record["test"].items()}
+    table = rnn.scores_table([*records, *other])
+    models = table[table["kind"] == "model"]
+    assert (models["n"] == 2).all() and models["std"].to_numpy() == pytest.approx(0.1 / 2**0.5)
+
+
+def test_markdown_summary_names_every_model_and_reference(quick_run):
+    text = (quick_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    for word in ("RNN", "LSTM", "GRU", "naive Bayes", "trigram", "persistence", "perplexity", torch.__version__):
+        assert word in text
+
+
+def test_checkpoints_give_the_outputs_of_the_run(quick_run):
+    for name in RUNS:
+        record = json.loads((quick_run / "runs" / f"{name}.json").read_text())
+        model, checkpoint = rnn.load_checkpoint(quick_run / "models" / f"{name}.pt")
+        task = rnn.TASKS[record["task"]]
+        data = task.build_data(getattr(rnn.QUICK, task.name), 42)
+        again = rnn.evaluate(model, task, data.test, CPU)
+        assert again["answer"] == pytest.approx(record["examples"]["answer"], abs=1e-5)
+        assert checkpoint["metrics"] == record["test"]
+        assert checkpoint["decoding"].keys() <= {"vocabulary", "scaler"}
+
+
+def test_one_model_alone_repeats_its_row_of_the_full_run(quick_run, tmp_path):
+    arguments = ["--quick", "--tasks", "predictor", "--models", "GRU", "--output-dir", str(tmp_path)]
+    assert rnn.main(arguments) == 0
+    alone = pd.read_csv(tmp_path / "pytorch_rnn_runs.csv").drop(columns="seconds")
+    full = pd.read_csv(quick_run / "pytorch_rnn_runs.csv").drop(columns="seconds")
+    expected = full[(full["task"] == "predictor") & (full["model"] == "GRU")].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone, expected, check_exact=True, check_dtype=False)
+
+
+def test_report_is_made_from_the_records_alone(quick_run, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for path in (quick_run / "runs").iterdir():
+        (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
+    assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 0
+    for name in PNGS | TABLES:
+        assert (tmp_path / name).read_bytes() == (quick_run / name).read_bytes()
+
+
+def test_records_of_another_configuration_are_left_out(quick_run):
+    assert len(rnn.read_records(quick_run, rnn.QUICK)) == 9
+    assert rnn.read_records(quick_run, rnn.Config()) == []
+
+
+def test_terminal_output(capsys, caplog, quick_run, tmp_path):
+    assert rnn.main(["--quick", "--tasks", "forecaster", "--output-dir", str(tmp_path)]) == 0
+    printed, progress = capsys.readouterr()
+    assert all(word in printed for word in ("Time-series forecasting", "persistence", "recurrent", str(tmp_path)))
+    assert re.search(r"forecaster GRU seed 42  epoch  2/2  train loss [\d.]+  val loss [\d.]+", progress)
+    assert "\r" not in progress, "no bar where there is no terminal"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "clasifier"], "invalid choice: 'clasifier'"),
+        (["--models", "lstm"], "invalid choice: 'lstm'"),
+        (["--seeds", "-1"], "'-1' is not a whole number of 0 or more"),
+        (["--seeds", "1.5"], "'1.5' is not a whole number"),
+        (["--epochs", "0"], "'0' is not a whole number of 1 or more"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--device", "mps"], "there is none here"),
+        (["--output-dir", "FILE/below"], "cannot be written"),
+        (["--report", "--output-dir", "EMPTY"], "train first"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(rnn, "run_all", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    assert rnn.main(arguments) == 2
+    printed, error = capsys.readouterr()
+    assert not printed and message in error
+    assert error.startswith("pytorch_rnn_models.py: ") and error.count("\n") == 1
+
+
+def test_a_failed_run_is_status_1_and_keeps_what_was_finished(capsys, tmp_path, monkeypatch):
+    bad = replace(rnn.QUICK.forecaster, training=rnn.Training(epochs=1, learning_rate=1e30))
+    monkeypatch.setattr(rnn, "QUICK", replace(rnn.QUICK, forecaster=bad))
+    assert rnn.main(["--quick", "--tasks", "predictor", "forecaster", "--output-dir", str(tmp_path)]) == 1
+    assert "RNNForecaster (forecaster), seed 42" in capsys.readouterr().err
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_an_interrupted_run_is_status_130(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rnn, "fit", interrupted)
+    assert rnn.main(["--quick", "--output-dir", str(tmp_path)]) == 130
+    assert "finished runs are kept" in capsys.readouterr().err
+
+
+def test_help_returns(capsys):
+    assert rnn.main(["--help"]) == 0
+    assert "--output-dir" in capsys.readouterr().out
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), rnn.whole_file(target) as path:
+        path.write_text("half of the n")
+        raise RuntimeError
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_import_does_nothing():
+    script = "import sys, pytorch_rnn_models; print('matplotlib.pyplot' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
+
+# --- the README -----------------------------------------------------------------------
+
+
+def test_readme_shows_the_committed_results():
+    outputs = ROOT / "outputs"
+    generated = (outputs / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    shown = README.split("<!-- results -->\n")[1].split("<!-- end of results -->")[0]
+    assert shown.strip() in generated.replace("\n## ", "\n### ") and shown.count("|") > 100
+
+
+def test_readme_links_exist_and_documents_every_option_and_file():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for word in (*PNGS, *TABLES, *re.findall(r'"(--[a-z-]+)"', (ROOT / "pytorch_rnn_models.py").read_text())):
+        assert word in README, word

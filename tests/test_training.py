@@ -1,0 +1,146 @@
+"""The training loop: stopping, learning rate, accumulation, clipping, restored weights, evaluation."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import pytorch_rnn_models as rnn
+import torch
+from conftest import CPU, new_model
+
+TRAINING = rnn.Training(epochs=3)
+NINE = [(task, name) for task in rnn.TASKS for name in rnn.MODEL_NAMES]
+
+
+def test_stopper_on_a_list_of_losses():
+    stopper = rnn.EarlyStopping(patience=3)
+    seen = [(stopper.update(loss), stopper.stop) for loss in (5, 4, 4, 4.5, 3, 3, 3.1, 9)]
+    assert [improved for improved, _ in seen] == [True, True, False, False, True, False, False, False]
+    assert [stop for _, stop in seen] == [False] * 7 + [True]
+    assert stopper.best == 3
+
+
+def scripted_fit(monkeypatch, data, losses, **changes):
+    """Fit a real model while the validation loss is read from a list; returns history and weights by epoch."""
+    model, weights, script = new_model("forecaster", "RNN", data), [], iter(losses)
+    honest = rnn.evaluate
+
+    def scripted(model, task, dataset, device):
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        result = honest(model, task, dataset, device)
+        return result | {"loss": result["loss"] * 0 + next(script)}
+
+    monkeypatch.setattr(rnn, "evaluate", scripted)
+    training = replace(rnn.Training(), **changes)
+    history = rnn.fit(model, rnn.TASKS["forecaster"], data["forecaster"], training, 0, CPU)
+    return history, weights, model
+
+
+def test_best_weights_are_restored_after_early_stopping(monkeypatch, data):
+    history, weights, model = scripted_fit(monkeypatch, data, [3, 2, 4, 5, 6], patience=3, lr_patience=1, epochs=9)
+    assert len(history) == 5
+    assert all(torch.equal(value, weights[1][name]) for name, value in model.state_dict().items())
+    assert any(not torch.equal(value, weights[4][name]) for name, value in model.state_dict().items())
+
+
+def test_best_weights_are_restored_when_the_epochs_run_out(monkeypatch, data):
+    history, weights, model = scripted_fit(monkeypatch, data, [3, 2, 4], epochs=3)
+    assert len(history) == 3
+    assert all(torch.equal(value, weights[1][name]) for name, value in model.state_dict().items())
+
+
+def test_learning_rate_falls_on_a_plateau_and_is_recorded(monkeypatch, data):
+    history, *_ = scripted_fit(monkeypatch, data, [3] * 8, epochs=8, patience=7, lr_patience=1, learning_rate=0.01)
+    assert [row["learning_rate"] for row in history] == [0.01] * 3 + [0.005] * 2 + [0.0025] * 2 + [0.00125]
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+@pytest.mark.parametrize("task", rnn.TASKS)
+def test_accumulation_equals_the_large_batch(task, steps, data):
+    batch = data[task].train.__getitems__(range(30))
+    models = [new_model(task, "GRU", data, dropout=0.0) for _ in range(2)]
+    for model, accumulate_steps in zip(models, (1, steps)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        training = replace(TRAINING, accumulate_steps=accumulate_steps, clip_norm=1e9)
+        sums, norm = rnn.train_step(model, rnn.TASKS[task], optimizer, batch, training)
+    for one, other in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_are_clipped_and_the_norm_before_is_returned(data):
+    model = new_model("forecaster", "RNN", data)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    inputs, targets = data["forecaster"].train.__getitems__(range(8))
+    training = replace(TRAINING, clip_norm=0.01)
+    _, norm = rnn.train_step(model, rnn.TASKS["forecaster"], optimizer, (inputs, targets + 100), training)
+    step = math.sqrt(sum(((new - old) ** 2).sum().item() for new, old in zip(model.parameters(), before)))
+    assert norm > 1 and step == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize(("task", "name"), NINE)
+def test_every_class_can_overfit_one_batch(task, name, data):
+    model = new_model(task, name, data, dropout=0.0)
+    inputs, targets = data[task].train.__getitems__(range(8))
+    inputs = inputs[:, :20]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(150):
+        sums, _ = rnn.train_step(model, rnn.TASKS[task], optimizer, (inputs, targets), TRAINING)
+    assert sums[0].item() / 8 < 0.05
+
+
+@pytest.mark.parametrize(("task", "name"), NINE)
+def test_evaluation_does_not_depend_on_batch_size(task, name, data):
+    model = new_model(task, name, data)
+    results = [rnn.evaluate(model, rnn.TASKS[task], data[task].test, CPU, batch_size=b) for b in (1, 7, 512)]
+    for other in results[1:]:
+        for key in ("loss", "score", "answer"):
+            assert other[key] == pytest.approx(results[0][key], abs=1e-5)
+    assert len(results[0]["loss"]) == len(data[task].test)
+
+
+def test_metrics_are_in_the_units_of_the_series(data):
+    model, task, own = new_model("forecaster", "LSTM", data), rnn.TASKS["forecaster"], data["forecaster"]
+    result = rnn.evaluate(model, task, own.test, CPU)
+    scaler = own.decoding["scaler"]
+    truth, forecast = (v * scaler["std"] + scaler["mean"] for v in (own.test.targets[:, 0].numpy(), result["answer"]))
+    metrics = task.measure(result["loss"].mean(), result["score"].mean(), own.unit)
+    assert metrics["mse"] == pytest.approx(((truth - forecast) ** 2).mean(), rel=1e-4)
+    assert metrics["mae"] == pytest.approx(abs(truth - forecast).mean(), rel=1e-4)
+
+
+def test_epoch_means_are_weighted_by_examples(data):
+    """With a learning rate of next to nothing, an epoch's running mean is the evaluation's mean."""
+    model, task, own = new_model("predictor", "RNN", data, dropout=0.0), rnn.TASKS["predictor"], data["predictor"]
+    training = rnn.Training(epochs=1, learning_rate=1e-12, batch_size=100)
+    assert len(own.train) % 100, "the last batch must be a smaller one"
+    row = rnn.fit(model, task, own, training, 0, CPU)[0]
+    result = rnn.evaluate(model, task, own.train, CPU)
+    assert row["train"]["loss"] == pytest.approx(result["loss"].mean(), rel=1e-4)
+    assert row["train"]["accuracy"] == pytest.approx(result["score"].mean(), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(data):
+    model = new_model("forecaster", "GRU", data)
+    training = replace(TRAINING, learning_rate=1e30)
+    with pytest.raises(rnn.TrainingDiverged, match=r"GRUForecaster \(forecaster\), seed 5.*epoch 1"):
+        rnn.fit(model, rnn.TASKS["forecaster"], data["forecaster"], training, 5, CPU)
+
+
+@pytest.mark.parametrize("task", rnn.TASKS)
+def test_training_learns_and_repeats(task, data):
+    config, histories = getattr(rnn.QUICK, task), []
+    for _ in range(2):
+        model = new_model(task, "GRU", data)
+        histories.append(rnn.fit(model, rnn.TASKS[task], data[task], replace(config.training, epochs=4), 0, CPU))
+    losses = [[row["train"]["loss"] for row in history] for history in histories]
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+    assert all(row["gradient_norm"] > 0 for row in histories[0])
+
+
+def test_activation_bytes_grow_with_the_batch_and_leave_the_weights_out(data):
+    task, own = rnn.TASKS["predictor"], data["predictor"]
+    model = new_model("predictor", "RNN", data)
+    small, large = (rnn.activation_bytes(model, task, own.train.__getitems__(range(n))) for n in (10, 100))
+    assert 8 < large / small < 11
