@@ -35,4 +35,3 @@ def quick_run(tmp_path_factory):
 def new_model(task, name, data, seed=0, **changes):
     torch.manual_seed(seed)
     return rnn.TASKS[task].models[name](**{**data[task].arguments, **changes})
-

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import pytorch_rnn_models as rnn
 import torch
+
+import pytorch_rnn_models as rnn
 from conftest import ROOT
 
 SPLITS = ("train", "validation", "test")
@@ -37,7 +38,8 @@ def test_no_review_is_in_two_splits(data):
 
 def test_duplicate_reviews_are_dropped(monkeypatch):
     original = rnn.generate_reviews(rnn.QUICK.classifier, rnn.random_generator(0, "reviews"))
-    doubled = rnn.Reviews(original.texts * 2, np.tile(original.labels, 2), np.tile(original.log_odds, 2))
+    twice = [np.tile(v, 2) for v in (original.labels, original.log_odds, original.praised)]
+    doubled = rnn.Reviews(original.texts * 2, *twice)
     monkeypatch.setattr(rnn, "generate_reviews", lambda config, rng: doubled)
     assert rnn.build_reviews(rnn.QUICK.classifier, 0).facts["reviews"] == len(set(original.texts))
 
@@ -170,7 +172,7 @@ def test_linear_autoregression_is_exact_on_a_noise_free_sum_of_sines():
 
 def test_seasonal_naive_finds_the_season():
     config = replace(rnn.ForecasterConfig(), periods=(20.0,), amplitudes=(1.0,), noise=0.01)
-    assert rnn.build_series(config, 0).references[1].name in ("seasonal naive (20 steps)", "seasonal naive (40 steps)")
+    assert rnn.build_series(config, 0).facts["season (steps)"] in (20, 40)
 
 
 def test_the_bayes_decision_is_calibrated_and_beats_every_count_of_words():

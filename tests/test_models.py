@@ -3,10 +3,11 @@
 import pickle
 
 import pytest
-import pytorch_rnn_models as rnn
 import torch
-from conftest import new_model
 from torch import nn
+
+import pytorch_rnn_models as rnn
+from conftest import new_model
 
 CLASSES = [
     (f"{name}{kind}", name, kind) for kind in ("Classifier", "Predictor", "Forecaster") for name in rnn.MODEL_NAMES

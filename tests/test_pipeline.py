@@ -2,14 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pandas as pd
 import pytest
-import pytorch_rnn_models as rnn
 import torch
+
+import pytorch_rnn_models as rnn
 from conftest import CPU, ROOT
 
 README = (ROOT / "README_pytorch.md").read_text(encoding="utf-8")
@@ -21,8 +23,15 @@ PNGS = {
     "pytorch_rnn_parameter_counts.png",
     "pytorch_rnn_architectures.png",
     "pytorch_rnn_performance_summary.png",
+    "pytorch_rnn_long_range.png",
 }
-TABLES = {"pytorch_rnn_runs.csv", "pytorch_rnn_summary.csv", "pytorch_rnn_summary.md"}
+TABLES = {
+    "pytorch_rnn_runs.csv",
+    "pytorch_rnn_summary.csv",
+    "pytorch_rnn_summary.md",
+    "pytorch_rnn_comparisons.csv",
+    "pytorch_rnn_costs.csv",
+}
 RUNS = [f"{task}_{name}_seed42" for task in rnn.TASKS for name in rnn.MODEL_NAMES]
 
 
@@ -99,8 +108,9 @@ def test_one_model_alone_repeats_its_row_of_the_full_run(quick_run, tmp_path):
 
 def test_report_is_made_from_the_records_alone(quick_run, tmp_path):
     (tmp_path / "runs").mkdir()
+    shutil.copy(quick_run / "pytorch_rnn_costs.csv", tmp_path)
     for path in (quick_run / "runs").iterdir():
-        (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
+        shutil.copy(path, tmp_path / "runs")
     assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 0
     for name in PNGS | TABLES:
         assert (tmp_path / name).read_bytes() == (quick_run / name).read_bytes()
@@ -111,7 +121,7 @@ def test_records_of_another_configuration_are_left_out(quick_run):
     assert rnn.read_records(quick_run, rnn.Config()) == []
 
 
-def test_terminal_output(capsys, caplog, quick_run, tmp_path):
+def test_terminal_output(capsys, tmp_path):
     assert rnn.main(["--quick", "--tasks", "forecaster", "--output-dir", str(tmp_path)]) == 0
     printed, progress = capsys.readouterr()
     assert all(word in printed for word in ("Time-series forecasting", "persistence", "recurrent", str(tmp_path)))

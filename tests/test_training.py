@@ -4,8 +4,9 @@ import math
 from dataclasses import replace
 
 import pytest
-import pytorch_rnn_models as rnn
 import torch
+
+import pytorch_rnn_models as rnn
 from conftest import CPU, new_model
 
 TRAINING = rnn.Training(epochs=3)
@@ -137,10 +138,3 @@ def test_training_learns_and_repeats(task, data):
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
     assert all(row["gradient_norm"] > 0 for row in histories[0])
-
-
-def test_activation_bytes_grow_with_the_batch_and_leave_the_weights_out(data):
-    task, own = rnn.TASKS["predictor"], data["predictor"]
-    model = new_model("predictor", "RNN", data)
-    small, large = (rnn.activation_bytes(model, task, own.train.__getitems__(range(n))) for n in (10, 100))
-    assert 8 < large / small < 11
