@@ -125,7 +125,7 @@ def test_terminal_output(capsys, tmp_path):
     assert rnn.main(["--quick", "--tasks", "forecaster", "--output-dir", str(tmp_path)]) == 0
     printed, progress = capsys.readouterr()
     assert all(word in printed for word in ("Time-series forecasting", "persistence", "recurrent", str(tmp_path)))
-    assert re.search(r"forecaster GRU seed 42  epoch  2/2  train loss [\d.]+  val loss [\d.]+", progress)
+    assert re.search(r"forecaster GRU seed 42  epoch  2/2  train/val loss [\d.]+/[\d.]+, mse [\d.]+/", progress)
     assert "\r" not in progress, "no bar where there is no terminal"
 
 
