@@ -54,7 +54,7 @@ def test_vocabularies_hold_the_words_of_the_training_part_only(data):
 
 
 def test_contiguous_parts_do_not_overlap_and_lose_nothing(data):
-    series, _ = rnn.generate_series(rnn.QUICK.forecaster, rnn.random_generator(0, "series"))
+    series = rnn.generate_series(rnn.QUICK.forecaster, rnn.random_generator(0, "series"))
     scaler = data["forecaster"].decoding["scaler"]
     parts = []
     for split in SPLITS:

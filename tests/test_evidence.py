@@ -47,7 +47,7 @@ def test_comparisons_pair_by_seed_and_speak_plainly():
     rows = table[table["metric"] == "accuracy"].set_index(["a", "b"])
     row = rows.loc[("RNN", "LSTM")]
     assert row["low"] < row["difference"] < row["high"] < 0
-    expected = f"RNN below LSTM by {-100 * row['difference']:.1f} points "
+    expected = f"LSTM above RNN by {-100 * row['difference']:.1f} points "
     assert row["verdict"] == expected + f"[{-100 * row['high']:.1f}, {-100 * row['low']:.1f}]"
     assert rows.loc[("RNN", "GRU"), "verdict"].startswith("RNN and GRU: no clear difference [-")
 
