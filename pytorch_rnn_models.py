@@ -493,7 +493,7 @@ def build_reviews(config: ClassifierConfig, seed: int) -> TaskData:
             "vocabulary": len(vocabulary),
             "unknown words in the test split": float((test.inputs == 1).sum() / (test.inputs > 0).sum()),
         },
-        notes={"length": test.lengths.numpy(), "verdict_agrees": (praised == (labels == 1))[parts[2]].astype(int)},
+        notes={"verdict_contradicts": (praised != (labels == 1))[parts[2]].astype(int)},
     )
 
 
@@ -1008,6 +1008,7 @@ class Task:
     score: Callable[[Tensor, Tensor], Tensor]  # (output, target) -> (B,); reported beside the loss
     answer: Callable[[Tensor], Tensor]  # output -> (B,): what the model says, for the record
     metrics: Sequence[Metric]  # the first is the one that the models are judged by
+    hard_cases: tuple[str, str, int] | None = None  # (what they are, the note that tells, from which value on)
     remarks: Mapping[str, str] = field(default_factory=dict)  # why a baseline can win, to follow its name
 
     def measure(self, loss: float, score: float, unit: float = 1.0) -> dict[str, float]:
@@ -1042,6 +1043,7 @@ CLASSIFIER = Task(
     score=binary_hits,
     answer=lambda output: output[:, 0],  # probability of positive
     metrics=(ACCURACY, Metric("loss", "binary cross-entropy (nats)", "loss")),
+    hard_cases=("reviews whose closing verdict contradicts their label", "verdict_contradicts", 1),
 )
 PREDICTOR = Task(
     name="predictor",
@@ -1056,6 +1058,7 @@ PREDICTOR = Task(
         Metric("loss", "cross-entropy (nats)", "loss"),
         Metric("perplexity", "perplexity", "loss", ".2f", transform=math.exp),
     ),
+    hard_cases=("words whose cue lies 5 or more words back", "cue_distance", 5),
 )
 FORECASTER = Task(
     name="forecaster",
@@ -1788,9 +1791,34 @@ def findings(records: Sequence[Mapping], task: Task, comparisons: pd.DataFrame) 
         beaten = [model for model, own_value in models.items() if metric.better(value, own_value)]
         if beaten:
             sentences.append(f"The baseline {name} does better than {', '.join(beaten)}{task.remarks.get(name, '')}.")
-    best = runs_table(own).groupby("model", sort=False)["best_epoch"].mean().sort_values()
-    sentences.append("Best epoch, mean over seeds: " + ", ".join(f"{n} {value:.1f}" for n, value in best.items()) + ".")
+    if task.hard_cases:
+        what, note, least = task.hard_cases
+        shares = {
+            name: np.mean(
+                [np.array(r["examples"]["score"])[np.array(r["examples"][note]) >= least].mean() for r in runs]
+            )
+            for name, runs in by_model(own)
+        }
+        sentences.append(f"Accuracy on {what}: {listed(shares, '.1%')}.")
+    ceiling = scores[scores["kind"] == "ceiling"]["mean"]
+    if len(ceiling) and not metric.higher_is_better:
+        sentences.append(
+            f"{metric.name.upper()} over that of the {ceiling.index[0]}: {listed(models / ceiling.iloc[0], '.2f')}."
+        )
+    epochs = runs_table(own).groupby("model", sort=False)["best_epoch"].mean()
+    sentences.append(f"Best epoch, mean over seeds: {listed(epochs, '.1f')}.")
     return sentences
+
+
+def by_model(records: Sequence[Mapping]) -> Iterator[tuple[str, list[Mapping]]]:
+    """Each model's name with its records."""
+    for name in models_in(records):
+        yield name, [r for r in records if r["model"] == name]
+
+
+def listed(values: Mapping[str, float] | pd.Series, form: str) -> str:
+    """'RNN 31.9 %, LSTM 64.8 %': a named value after the other."""
+    return ", ".join(f"{name} {format(value, form).replace('%', ' %')}" for name, value in values.items())
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -2020,12 +2048,6 @@ def long_range_figure(records: Sequence[Mapping]) -> Figure:
     return figure
 
 
-def by_model(records: Sequence[Mapping]) -> Iterator[tuple[str, list[Mapping]]]:
-    """Each model's name with its records."""
-    for name in models_in(records):
-        yield name, [r for r in records if r["model"] == name]
-
-
 def gradient_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     """Size of the gradient that reaches each word, before and after training."""
     for name, runs in by_model(records):
@@ -2061,8 +2083,10 @@ def ending_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     groups = by_model(records)
     names = models_in(records)
     for i, (name, runs) in enumerate(groups):
-        examples = pd.concat([pd.DataFrame({k: r["examples"][k] for k in ("verdict_agrees", "score")}) for r in runs])
-        accuracy = 100 * examples.groupby("verdict_agrees")["score"].mean().reindex([1, 0])
+        examples = pd.concat(
+            [pd.DataFrame({k: r["examples"][k] for k in ("verdict_contradicts", "score")}) for r in runs]
+        )
+        accuracy = 100 * examples.groupby("verdict_contradicts")["score"].mean().reindex([0, 1])
         bars = axes.bar(
             np.arange(2) + (i - (len(names) - 1) / 2) * 0.8 / len(names),
             accuracy,
