@@ -30,16 +30,19 @@ import argparse
 import gc
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 
@@ -1085,6 +1088,17 @@ MODEL_NAMES = ("RNN", "LSTM", "GRU")
 # ======================================================================================
 
 
+def prepare_device(device: torch.device) -> None:
+    """Settings of this process under which a run gives the same numbers every time.
+
+    One thread: the layers are too small to share out, and several runs at a time use the cores better.
+    """
+    torch.set_num_threads(1)
+    if device.type == "cuda":  # without these two, cuBLAS and atomic additions make every run differ
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
 
@@ -1254,9 +1268,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 class Progress:
     """What the user sees of a run: a bar in a terminal, one plain line per epoch elsewhere."""
 
+    position = 0  # the terminal line of this process's bar; worker processes have one each
+
     def __init__(self, label: str, task: Task, epochs: int, batches: int) -> None:
         self.label, self.task, self.epochs = label, task, epochs
-        self.bar = tqdm(total=epochs * batches, desc=label, unit="batch", disable=not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=epochs * batches, desc=label, unit="batch", position=self.position, disable=not sys.stderr.isatty()
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -1396,6 +1414,33 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     return model.eval(), checkpoint
 
 
+@lru_cache(maxsize=1)
+def cached_data(task_name: str, config: object, seed: int) -> TaskData:
+    """A seed's data, kept for the next model of the same seed."""
+    return TASKS[task_name].build_data(config, seed)
+
+
+def train_job(job: tuple[str, str, int], config: Config, device: torch.device, output_dir: Path) -> None:
+    """One run, (task, model, seed), in whichever process this is; gives back what it held."""
+    task_name, model_name, seed = job
+    task_config = getattr(config, task_name)
+    data = cached_data(task_name, task_config, seed)
+    train_run(TASKS[task_name], model_name, seed, task_config, data, device, output_dir)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def start_worker(lock: object, count: object, device: torch.device) -> None:
+    """Set up a worker process: one thread, a line of its own for its bar, Ctrl-C left to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare_device(device)
+    tqdm.set_lock(lock)
+    with count.get_lock():
+        Progress.position = count.value
+        count.value += 1
+
+
 def run_all(
     tasks: Sequence[str],
     models: Sequence[str],
@@ -1403,22 +1448,32 @@ def run_all(
     config: Config,
     device: torch.device,
     output_dir: Path,
+    workers: int = 1,
 ) -> None:
-    """Every run of tasks x seeds x models, task by task; each is on disk before the next one starts."""
-    for task in (TASKS[name] for name in tasks):
-        for seed in seeds:
-            task_config = getattr(config, task.name)
-            data = task.build_data(task_config, seed)
-            for model_name in models:
-                train_run(task, model_name, seed, task_config, data, device, output_dir)
-                release_memory()
+    """Every run of tasks x seeds x models, task by task, `workers` at a time; each is on disk when it ends.
 
-
-def release_memory() -> None:
-    """Give back what the last run held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    A run does not depend on the number of workers. If one fails the others are ended, and its error raised.
+    """
+    train_one = partial(train_job, config=config, device=device, output_dir=output_dir)
+    by_task = [[(task, model, seed) for seed in seeds for model in models] for task in tasks]
+    if workers == 1:
+        for jobs in by_task:
+            for job in jobs:
+                train_one(job)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    setup = (spawn.RLock(), spawn.Value("i", 0), device)
+    pool = ProcessPoolExecutor(min(workers, len(by_task[0])), spawn, start_worker, setup)
+    try:
+        for jobs in by_task:
+            for done in as_completed([pool.submit(train_one, job) for job in jobs]):
+                done.result()
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_records(output_dir: Path, config: Config) -> list[dict]:
@@ -2185,6 +2240,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto: CUDA where there is one, else CPU",
     )
+    parser.add_argument(
+        "--workers",
+        type=integer(1),
+        metavar="N",
+        help="runs trained at the same time, one thread each; default: as many as cores; on a GPU and with --quick: 1",
+    )
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: outputs; with --quick: outputs/quick")
     parser.add_argument("--report", action="store_true", help="no training: tables and figures from the records in DIR")
     options = parser.parse_args(argv)
@@ -2203,10 +2264,14 @@ def choose_device(name: str) -> torch.device:
     if not available[name]:
         here = ", ".join(device for device, there in available.items() if there)
         raise UsageError(f"--device {name}: there is none here; choose from {here}, or auto")
-    if name == "cuda":  # without these two, cuBLAS and atomic additions make every run differ
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return torch.device(name)
+    device = torch.device(name)
+    prepare_device(device)
+    return device
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_writable(directory: Path) -> None:
@@ -2236,10 +2301,10 @@ def train(options: argparse.Namespace, config: Config, device: torch.device) -> 
     names = [name + MATCHED * (options.match == "params" and name != "LSTM") for name in options.models]
     print(
         f"{len(options.tasks) * len(names) * len(options.seeds)} runs: {', '.join(options.tasks)} x {', '.join(names)} "
-        f"x seeds {', '.join(map(str, options.seeds))}, on {device} ({torch.get_num_threads()} threads)",
+        f"x seeds {', '.join(map(str, options.seeds))}, on {device}, {options.workers} at a time",
         file=sys.stderr,
     )
-    run_all(options.tasks, names, options.seeds, config, device, options.output_dir)
+    run_all(options.tasks, names, options.seeds, config, device, options.output_dir, options.workers)
     print("measuring what a training step costs, gradients and free-running forecasts", file=sys.stderr)
     for name in options.tasks:
         update_costs(measure_costs(TASKS[name], names, getattr(config, name), device), options.output_dir)
@@ -2251,6 +2316,8 @@ def run(options: argparse.Namespace) -> None:
     config = config.with_epochs(options.epochs) if options.epochs else config
     device = choose_device(options.device)
     check_writable(options.output_dir)
+    one_at_a_time = options.quick or device.type != "cpu"
+    options.workers = options.workers or (1 if one_at_a_time else usable_cores())
     if not options.report:
         train(options, config, device)
     records = read_records(options.output_dir, config)
@@ -2270,7 +2337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"pytorch_rnn_models.py: {error}", file=sys.stderr)
         return 2
-    except (TrainingDiverged, OSError) as error:
+    except (TrainingDiverged, BrokenExecutor, OSError) as error:
         print(f"pytorch_rnn_models.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The whole pipeline on the quick configuration: files, tables, figures, checkpoints, errors."""
 
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -106,6 +107,23 @@ def test_one_model_alone_repeats_its_row_of_the_full_run(quick_run, tmp_path):
     pd.testing.assert_frame_equal(alone, expected, check_exact=True, check_dtype=False)
 
 
+def test_the_number_of_workers_changes_nothing(quick_run, tmp_path):
+    assert rnn.main(["--quick", "--tasks", "predictor", "--workers", "2", "--output-dir", str(tmp_path)]) == 0
+    for name in (name for name in RUNS if name.startswith("predictor")):
+        parallel, alone = (json.loads((d / "runs" / f"{name}.json").read_text()) for d in (tmp_path, quick_run))
+        for record in (parallel, alone):
+            for row in record["history"]:
+                del row["seconds"]
+        assert parallel == alone
+
+
+def test_a_run_that_fails_in_a_worker_is_reported_and_leaves_no_process(capsys, tmp_path):
+    config = replace(rnn.QUICK, forecaster=replace(rnn.QUICK.forecaster, training=rnn.Training(learning_rate=1e30)))
+    with pytest.raises(rnn.TrainingDiverged, match=r"\(forecaster\), seed 7"):
+        rnn.run_all(["forecaster"], ["RNN", "GRU"], [7], config, CPU, tmp_path, workers=2)
+    assert not multiprocessing.active_children()
+
+
 def test_report_is_made_from_the_records_alone(quick_run, tmp_path):
     (tmp_path / "runs").mkdir()
     shutil.copy(quick_run / "pytorch_rnn_costs.csv", tmp_path)
@@ -195,10 +213,31 @@ def test_import_does_nothing():
 
 
 def test_readme_shows_the_committed_results():
-    outputs = ROOT / "outputs"
-    generated = (outputs / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
-    shown = README.split("<!-- results -->\n")[1].split("<!-- end of results -->")[0]
-    assert shown.strip() in generated.replace("\n## ", "\n### ") and shown.count("|") > 100
+    blocks = re.findall(r"<!-- (outputs/\S+) -->\n(.*?)<!-- end -->", README, flags=re.DOTALL)
+    assert [path for path, _ in blocks] == [
+        f"outputs/{folder}pytorch_rnn_summary.md" for folder in ("", "unseen_seeds/")
+    ]
+    for path, shown in blocks:
+        generated = (ROOT / path).read_text(encoding="utf-8").partition("\n## ")[2]  # all but the title
+        generated = f"## {generated}".partition("\n## Parameters")[0]
+        assert shown.strip() == re.sub("^##", "####", generated, flags=re.MULTILINE).strip()
+
+
+@pytest.mark.parametrize("folder", ["outputs", "outputs/unseen_seeds"])
+def test_committed_results_lie_in_the_promised_bands(folder):
+    table = pd.read_csv(ROOT / folder / "pytorch_rnn_summary.csv").set_index(["task", "metric", "name"])["mean"]
+    runs = pd.read_csv(ROOT / folder / "pytorch_rnn_runs.csv")
+    accuracy = table["classifier"]["accuracy"]
+    for name, low, high in (("LSTM", 0.75, 0.85), ("GRU", 0.70, 0.80), ("RNN", 0.60, 0.70)):
+        singles = runs[(runs["task"] == "classifier") & (runs["model"] == name)]["test_accuracy"]
+        assert low <= accuracy[name] <= high and singles.between(low - 0.04, high + 0.04).all(), name
+    assert min(accuracy["LSTM"], accuracy["GRU"]) > accuracy["naive Bayes"]
+    accuracy = table["predictor"]["accuracy"]
+    assert 0.40 <= accuracy["LSTM"] <= 0.60 and accuracy["GRU"] >= accuracy["LSTM"] - 0.03
+    assert accuracy["RNN"] < min(accuracy["LSTM"], accuracy["GRU"])
+    mse = table["forecaster"]["mse"]
+    assert max(mse["LSTM"], mse["GRU"]) <= 1.25 * mse["noise"]
+    assert mse[["RNN", "LSTM", "GRU"]].max() < 0.5 * mse["persistence"]
 
 
 def test_readme_links_exist_and_documents_every_option_and_file():
