@@ -10,14 +10,15 @@ Tasks       classifier   positive or negative film reviews    (accuracy, binary 
             predictor    the next word of a corpus            (accuracy, cross-entropy, perplexity)
             forecaster   the next value of noisy sine waves   (MSE, MAE)
 Sections    2 configuration   3 data       4 models   5 tasks    6 training
-            7 runs            8 evidence (to come)    9 report   10 command line
+            7 runs            8 evidence   9 report    10 command line
 Data flow   arguments -> configuration -> runs -> records -> report
 
 Files, all in the output directory and all written whole or not at all:
     pytorch_rnn_{classifier,predictor,forecaster}_training_history.png
     pytorch_rnn_time_series_predictions.png      pytorch_rnn_parameter_counts.png
     pytorch_rnn_architectures.png                pytorch_rnn_performance_summary.png
-    pytorch_rnn_runs.csv     pytorch_rnn_summary.csv     pytorch_rnn_summary.md
+    pytorch_rnn_long_range.png
+    pytorch_rnn_{runs,summary,comparisons,costs}.csv     pytorch_rnn_summary.md
     runs/TASK_MODEL_seedN.json      the record of a run: all that the report is made from
     models/TASK_MODEL_seedN.pt      its model: load_checkpoint(path) returns it
 
@@ -36,6 +37,7 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,6 +53,7 @@ import pandas as pd
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -82,12 +85,12 @@ def require_at_least_one(config: object, *names: str) -> None:
 class Training:
     """How a model is trained: the same for RNN, LSTM and GRU within a task."""
 
-    epochs: int = 30  # upper bound; early stopping usually ends sooner
+    epochs: int = 30  # upper bound; early stopping may end sooner
     batch_size: int = 64  # examples per update
     accumulate_steps: int = 1  # micro-batches that a batch is cut into, to save memory; the update is the same
     learning_rate: float = 1e-3  # Adam's, at the start
     lr_factor: float = 0.5  # the rate is multiplied by this on a plateau of the validation loss
-    lr_patience: int = 1  # epochs without improvement after which the rate falls
+    lr_patience: int = 1  # epochs without improvement that are put up with; after one more the rate falls
     patience: int = 5  # epochs without improvement after which training ends
     weight_decay: float = 0.0  # added to the gradient: pulls back embeddings of rare words, which memorise
     clip_norm: float = 1.0  # larger gradients are scaled down to this norm
@@ -402,9 +405,10 @@ def generate_reviews(config: ClassifierConfig, rng: np.random.Generator) -> Revi
     review from `clarity`, and a `negation_rate` of them is put as the negation of the opposite ("plot wasn't
     dull"). The closing verdict ("in all a triumph") agrees with the label `verdict_reliability` of the time.
 
-    Why the models differ: the verdict stands next to the end and is all that a short memory needs; the
-    opinions are worth more but take a sum over up to 190 words, which a vanilla RNN's vanishing gradient
-    (Bengio et al. 1994) hardly teaches it and gated cells learn; negation is invisible to a bag of words.
+    Why the models differ: the verdict stands at the end, and reading it takes no memory. The opinions are worth
+    more, but have to be told from the asides and added up over as many as 190 words: gated cells can keep a
+    sum while they pass over what does not matter (Hochreiter & Schmidhuber 1997); a vanilla RNN rewrites its
+    whole state at every word. Negation is invisible to a bag of words.
     """
     n_reviews = config.n_reviews
     labels = rng.permutation(np.arange(n_reviews) % 2)
@@ -661,7 +665,11 @@ def build_corpus(config: PredictorConfig, seed: int) -> TaskData:
                 np.mean([tuple(row) in seen for row in test.inputs.tolist()])
             ),
         },
-        notes={"cue_distance": np.array(text.distance[targets]), "trigram_score": ngrams[-1].score},
+        notes={
+            "cue_distance": np.array(text.distance[targets]),
+            "trigram_score": ngrams[-1].score,
+            "best_score": ceiling.score,
+        },
     )
 
 
@@ -1005,6 +1013,7 @@ class Task:
 
     name: str
     title: str
+    question: str  # what is asked, in a sentence
     models: Mapping[str, type[nn.Module]]
     build_data: Callable[[object, int], TaskData]  # (the task's configuration, seed)
     loss: Callable[[Tensor, Tensor], Tensor]  # (output, target) -> (B,); its mean is minimised
@@ -1040,6 +1049,10 @@ ACCURACY = Metric("accuracy", "accuracy", "score", ".1%", higher_is_better=True)
 CLASSIFIER = Task(
     name="classifier",
     title="Text classification",
+    question=(
+        "Is a film review positive? Opinions are scattered over its whole length, some of them negated, and the "
+        "verdict at its end often misleads."
+    ),
     models={"RNN": RNNClassifier, "LSTM": LSTMClassifier, "GRU": GRUClassifier},
     build_data=build_reviews,
     loss=partial(per_example, F.binary_cross_entropy),
@@ -1051,6 +1064,7 @@ CLASSIFIER = Task(
 PREDICTOR = Task(
     name="predictor",
     title="Next-word prediction",
+    question="Which word comes next? Verbs and objects depend on a subject up to nine words back, past other nouns.",
     models={"RNN": RNNPredictor, "LSTM": LSTMPredictor, "GRU": GRUPredictor},
     build_data=build_corpus,
     loss=partial(per_example, F.cross_entropy),
@@ -1066,6 +1080,7 @@ PREDICTOR = Task(
 FORECASTER = Task(
     name="forecaster",
     title="Time-series forecasting",
+    question="What is the next value of a sum of sines with noise? The noise cannot be predicted.",
     models={"RNN": RNNForecaster, "LSTM": LSTMForecaster, "GRU": GRUForecaster},
     build_data=build_series,
     loss=partial(per_example, F.mse_loss),
@@ -1249,7 +1264,7 @@ def fit(
 # 7. Runs
 # ======================================================================================
 
-RECORD_FORMAT = 1  # of records and checkpoints; another one is not read
+RECORD_FORMAT = 1  # of records and checkpoints
 MATCHED = "-matched"  # marks a model whose recurrent parameters match the LSTM's
 
 
@@ -1335,7 +1350,8 @@ def train_run(
 ) -> None:
     """Train and test one model on one seed's data; leaves its record and its checkpoint in `output_dir`.
 
-    The test split is opened here, once, after the best validation weights are back. Raises TrainingDiverged.
+    The test split is opened when the best validation weights are back: nothing is chosen by it. Raises
+    TrainingDiverged.
     """
     model, arguments = build_model(task, model_name, data.arguments, seed)
     model.to(device)
@@ -1450,24 +1466,22 @@ def run_all(
     output_dir: Path,
     workers: int = 1,
 ) -> None:
-    """Every run of tasks x seeds x models, task by task, `workers` at a time; each is on disk when it ends.
+    """Every run of tasks x seeds x models, in that order, `workers` at a time; each is on disk when it ends.
 
     A run does not depend on the number of workers. If one fails the others are ended, and its error raised.
     """
     train_one = partial(train_job, config=config, device=device, output_dir=output_dir)
-    by_task = [[(task, model, seed) for seed in seeds for model in models] for task in tasks]
+    jobs = [(task, model, seed) for task in tasks for seed in seeds for model in models]
     if workers == 1:
-        for jobs in by_task:
-            for job in jobs:
-                train_one(job)
+        for job in jobs:
+            train_one(job)
         return
     spawn = multiprocessing.get_context("spawn")
     setup = (spawn.RLock(), spawn.Value("i", 0), device)
-    pool = ProcessPoolExecutor(min(workers, len(by_task[0])), spawn, start_worker, setup)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), spawn, start_worker, setup)
     try:
-        for jobs in by_task:
-            for done in as_completed([pool.submit(train_one, job) for job in jobs]):
-                done.result()
+        for done in as_completed([pool.submit(train_one, job) for job in jobs]):
+            done.result()
     except BaseException:
         for child in multiprocessing.active_children():
             child.terminate()
@@ -1480,10 +1494,13 @@ def read_records(output_dir: Path, config: Config) -> list[dict]:
     """The records in `output_dir` of runs with this configuration, by task, model and seed."""
     records = []
     for path in (output_dir / "runs").glob("*.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        wanted = json.loads(json.dumps(asdict(getattr(config, record["task"]))))  # tuples are lists in a record
-        if record["format"] == RECORD_FORMAT and record["configuration"] == wanted:
-            records.append(record)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            wanted = json.loads(json.dumps(asdict(getattr(config, record["task"]))))  # tuples are lists in a record
+            if record["format"] == RECORD_FORMAT and record["configuration"] == wanted:
+                records.append(record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            print(f"{path} is not the record of a run; it is left out", file=sys.stderr)
     order = {name: i for i, name in enumerate([*TASKS, *MODEL_NAMES])}
     return sorted(
         records, key=lambda r: (order[r["task"]], r["model"].endswith(MATCHED), order[base_name(r["model"])], r["seed"])
@@ -1495,9 +1512,6 @@ def read_records(output_dir: Path, config: Config) -> list[dict]:
 # ======================================================================================
 
 CSV_METRICS = ("accuracy", "loss", "mse", "mae")
-COSTS_FILE = "pytorch_rnn_costs.csv"
-COST_COLUMNS = """task model parameters recurrent_parameters ms_per_step samples_per_second activation_bytes
-    kernel""".split()
 
 
 def of_task(records: Sequence[Mapping], task: Task, model: str | None = None) -> list[Mapping]:
@@ -1568,7 +1582,7 @@ def bootstrap_means(values: Sequence[np.ndarray], rng: np.random.Generator, resa
 
 def measure_costs(
     task: Task, models: Sequence[str], config: object, device: torch.device, steps: int = 11
-) -> list[dict]:
+) -> dict[str, dict]:
     """What a training step of each model costs; the models take turns on the same batches.
 
     The time is the median over the steps after a warm-up of two; the activations are those of a full batch.
@@ -1584,41 +1598,29 @@ def measure_costs(
     for batch in batches:
         for name, (model, optimizer) in contenders.items():
             start = time.perf_counter()
-            train_step(model, task, optimizer, batch, config.training)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            train_step(model, task, optimizer, batch, config.training)[0].tolist()  # waits for the device
             seconds[name].append(time.perf_counter() - start)
-    rows = []
+    costs = {}
     for name, (model, _) in contenders.items():
         median = float(np.median(seconds[name][2:]))
-        counts = count_parameters(model)
-        rows.append(
-            {
-                "task": task.name,
-                "model": name,
-                "parameters": sum(counts.values()),
-                "recurrent_parameters": counts["recurrent"],
-                "ms_per_step": round(1000 * median, 2),
-                "samples_per_second": round(len(batches[0][0]) / median),
-                "activation_bytes": activation_bytes(model, task, batches[0]),
-                "kernel": kernel_name(model, batches[0][0]),
-            }
-        )
-    return rows
+        costs[name] = {
+            "ms_per_step": round(1000 * median, 2),
+            "samples_per_second": round(len(batches[0][0]) / median),
+            "activation_bytes": activation_bytes(model, task, batches[0]),
+            "kernel": kernel_name(model, batches[0][0]),
+        }
+    return costs
 
 
-def update_costs(rows: Sequence[Mapping], output_dir: Path) -> None:
-    """Put measured costs on disk, in place of earlier ones of the same tasks and models."""
-    table = pd.concat([read_costs(output_dir), pd.DataFrame(rows)]).drop_duplicates(["task", "model"], keep="last")
-    order = {name: i for i, name in enumerate(TASKS)}
-    with whole_file(output_dir / COSTS_FILE) as path:
-        table.sort_values("task", key=lambda names: names.map(order), kind="stable").to_csv(path, index=False)
-
-
-def read_costs(output_dir: Path) -> pd.DataFrame:
-    """The measured costs in `output_dir`; an empty table if there are none."""
-    path = output_dir / COSTS_FILE
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COST_COLUMNS)
+def add_costs(records: Sequence[dict], config: Config, device: torch.device, output_dir: Path) -> None:
+    """Measure the costs of all models of a task together, where a record does not hold them yet."""
+    for task in tasks_in(records):
+        own = of_task(records, task)
+        if any("cost" not in record for record in own):
+            costs = measure_costs(task, models_in(own), getattr(config, task.name), device)
+            for record in own:
+                record["cost"] = costs[record["model"]]
+                write_record(output_dir, record)
 
 
 def cycled(batches: LengthBuckets, count: int) -> list[np.ndarray]:
@@ -1633,7 +1635,7 @@ def activation_bytes(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor])
 
     def note(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep its own graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = task.loss(model(batch[0]), batch[1]).mean()
@@ -1696,29 +1698,28 @@ def free_running(
     return {"forecast": forecasts[0].tolist(), "truth": truth[0].tolist(), "mse": errors.tolist()}
 
 
-EVIDENCE = {  # task: what is measured on a trained model and on the one that training started from
-    "classifier": {"gradient": gradient_by_step, "initial_gradient": gradient_by_step},
-    "predictor": {},
-    "forecaster": {"free_running": free_running},
+EVIDENCE = {  # task: name of a measurement -> the measurement, and the model it is made on
+    CLASSIFIER.name: {"gradient": (gradient_by_step, "trained"), "initial_gradient": (gradient_by_step, "initial")},
+    PREDICTOR.name: {},
+    FORECASTER.name: {"free_running": (free_running, "trained")},
 }
 
 
 def add_evidence(records: Sequence[dict], config: Config, device: torch.device, output_dir: Path) -> None:
     """Measure what the records do not yet hold, on the saved models, and write it into them."""
     missing = [record for record in records if "evidence" not in record]
-    for (name, seed), group in pd.DataFrame(missing).groupby(["task", "seed"], sort=False) if missing else ():
-        task, data = TASKS[name], TASKS[name].build_data(getattr(config, name), seed)
-        for record in (missing[i] for i in group.index):
-            path = output_dir / "models" / f"{run_name(name, record['model'], seed)}.pt"
-            models = {
-                False: load_checkpoint(path)[0],
-                True: build_model(task, record["model"], data.arguments, seed)[0],
-            }
-            record["evidence"] = {
-                what: measure(models[what.startswith("initial")].to(device), task, data, device)
-                for what, measure in EVIDENCE[name].items()
-            }
-            write_record(output_dir, record)
+    for record in sorted(missing, key=lambda r: (r["task"], r["seed"])):
+        task, name, seed = TASKS[record["task"]], record["model"], record["seed"]
+        data = cached_data(task.name, getattr(config, task.name), seed)
+        models = {
+            "trained": load_checkpoint(output_dir / "models" / f"{run_name(task.name, name, seed)}.pt")[0],
+            "initial": build_model(task, name, data.arguments, seed)[0],
+        }
+        record["evidence"] = {
+            what: measure(models[which].to(device), task, data, device)
+            for what, (measure, which) in EVIDENCE[task.name].items()
+        }
+        write_record(output_dir, record)
 
 
 # ======================================================================================
@@ -1741,9 +1742,9 @@ STYLE = {
 PARTS = {"embedding": "", "recurrent": "////", "head": "...."}  # hatch of each part of a model
 
 
-def colour(model: str) -> str:
-    """The colour of a model, the same in every figure."""
-    return COLOURS[base_name(model)]
+def colour(model: str) -> tuple[float, ...]:
+    """The colour of a model, the same in every figure; a matched model's is paler."""
+    return to_rgba(COLOURS[base_name(model)], 1.0 if model == base_name(model) else 0.5)
 
 
 def best_epoch(record: Mapping) -> Mapping:
@@ -1832,12 +1833,36 @@ def parameters_table(records: Sequence[Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def costs_table(records: Sequence[Mapping]) -> pd.DataFrame:
+    """What a training step of each model costs."""
+    return pd.DataFrame(
+        {
+            "task": record["task"],
+            "model": record["model"],
+            "parameters": sum(record["parameters"].values()),
+            "recurrent_parameters": record["parameters"]["recurrent"],
+            **record["cost"],
+        }
+        for record in {(r["task"], r["model"]): r for r in records}.values()
+    )
+
+
+def accuracy_by(records: Sequence[Mapping], note: str, score: str = "score") -> pd.Series:
+    """Mean of `score` for each value of a note on the test examples: within a seed, then over the seeds."""
+    by_seed = {}
+    for record in records:
+        examples = pd.DataFrame({name: record["examples"][name] for name in (note, score)})
+        by_seed[record["seed"]] = examples.groupby(note)[score].mean()
+    return pd.DataFrame(by_seed).mean(axis=1).sort_index()
+
+
 def findings(records: Sequence[Mapping], task: Task, comparisons: pd.DataFrame) -> list[str]:
     """What one task's results say, in sentences: verdicts on pairs, baselines that win, who learns fastest."""
     metric, own = task.metrics[0], of_task(records, task)
     chosen = (comparisons["task"] == task.name) & (comparisons["metric"] == metric.name)
     sentences = [f"{verdict}." for verdict in comparisons[chosen]["verdict"]]
-    if len({r["seed"] for r in own}) == 1:
+    shared = set.intersection(*({r["seed"] for r in runs} for _, runs in by_model(own)))
+    if len(shared) == 1 and sentences:
         sentences.append("One seed supports no ranking: the intervals are over test examples only.")
     scores = scores_table(own)
     scores = scores[scores["metric"] == metric.name].set_index("name")
@@ -1848,12 +1873,8 @@ def findings(records: Sequence[Mapping], task: Task, comparisons: pd.DataFrame) 
             sentences.append(f"The baseline {name} does better than {', '.join(beaten)}{task.remarks.get(name, '')}.")
     if task.hard_cases:
         what, note, least = task.hard_cases
-        shares = {
-            name: np.mean(
-                [np.array(r["examples"]["score"])[np.array(r["examples"][note]) >= least].mean() for r in runs]
-            )
-            for name, runs in by_model(own)
-        }
+        marked = [{**r, "examples": r["examples"] | {"hard": np.array(r["examples"][note]) >= least}} for r in own]
+        shares = {name: accuracy_by(runs, "hard").get(True, math.nan) for name, runs in by_model(marked)}
         sentences.append(f"Accuracy on {what}: {listed(shares, '.1%')}.")
     ceiling = scores[scores["kind"] == "ceiling"]["mean"]
     if len(ceiling) and not metric.higher_is_better:
@@ -1889,33 +1910,36 @@ def markdown(table: pd.DataFrame) -> str:
 def task_text(records: Sequence[Mapping], task: Task, comparisons: pd.DataFrame) -> str:
     """One task's section of the summary."""
     own = of_task(records, task)
-    seeds = sorted({r["seed"] for r in own})
+    seeds = ", ".join(str(seed) for seed in sorted({r["seed"] for r in own}))
     facts = [
         f"{name} {f'{value:,}' if value == int(value) else f'{value:.3g}'}" for name, value in own[0]["facts"].items()
     ]
     sentences = "\n".join(f"- {sentence}" for sentence in findings(records, task, comparisons))
     return (
-        f"## {task.title}\n\n{markdown(performance_table(records, task))}\n\n"
-        f"Test split; mean ± standard deviation over seeds {', '.join(map(str, seeds))}. "
-        f"In brackets: 95 % intervals of the paired difference.\n\n{sentences}\n\n"
-        f"Data of seed {seeds[0]}: {', '.join(facts)}.\n"
+        f"## {task.title}\n\n{task.question}\n\n{markdown(performance_table(records, task))}\n\n"
+        f"Test split, mean ± standard deviation over the seeds {seeds}.\n\n{sentences}\n\n"
+        f"Data of seed {own[0]['seed']}: {', '.join(facts)}.\n"
     )
 
 
-def summary_text(records: Sequence[Mapping], comparisons: pd.DataFrame, costs: pd.DataFrame) -> str:
+def summary_text(records: Sequence[Mapping], comparisons: pd.DataFrame) -> str:
     """The tables as a page of Markdown, with what the data were and where it ran."""
-    parts = ["# RNN, LSTM and GRU: results\n", *(task_text(records, task, comparisons) for task in tasks_in(records))]
-    parts.append(f"## Parameters\n\n{markdown(parameters_table(records))}\n")
-    if len(costs):
-        parts.append(
-            f"## Cost of a training step\n\n{markdown(costs)}\n\nMedian time of a step, the models taking turns on the "
-            "same batches; activations: what the forward pass keeps for the backward pass. The kernel is the "
-            "implementation of the recurrent layer that ran: times compare kernels as much as cells.\n"
-        )
-    values = {name: sorted({str(r["environment"][name]) for r in records}) for name in records[0]["environment"]}
-    parts.append(
-        "## Environment\n\n" + "\n".join(f"- {name}: {', '.join(value)}" for name, value in values.items()) + "\n"
-    )
+    environments = [record["environment"] for record in records]
+    values = {name: sorted({str(environment[name]) for environment in environments}) for name in environments[0]}
+    parts = [
+        "# RNN, LSTM and GRU: results\n",
+        "The same training for a vanilla RNN, an LSTM and a GRU, on data generated from each seed. A ceiling is the "
+        "best that is possible on such data; gap closed is how much of the way from the best baseline to the ceiling "
+        "a model has come, negative if it does worse than that baseline. Brackets hold 95 % intervals of the paired "
+        "difference of two models, from a hierarchical bootstrap over seeds and test examples; of three seeds they "
+        "are rough, and rather too narrow. Seconds are those of a run's training, with other runs beside it.\n",
+        *(task_text(records, task, comparisons) for task in tasks_in(records)),
+        f"## Parameters\n\n{markdown(parameters_table(records))}\n",
+        f"## Cost of a training step\n\n{markdown(costs_table(records))}\n\nMedian time of a step, the models taking "
+        "turns on the same batches; activations: what the forward pass keeps for the backward pass. The kernel is the "
+        "implementation of the recurrent layer that ran: times compare kernels as much as cells.\n",
+        "## Environment\n\n" + "\n".join(f"- {name}: {', '.join(value)}" for name, value in values.items()) + "\n",
+    ]
     return "\n".join(parts)
 
 
@@ -1941,7 +1965,7 @@ def training_history_figure(records: Sequence[Mapping], task: Task) -> Figure:
         axes.set_ylabel(metric.label)
     grid[0, 0].xaxis.get_major_locator().set_params(integer=True)
     lines = [
-        Line2D([], [], color=GREY, linestyle=":", label="training (running mean, dropout on)"),
+        Line2D([], [], color=GREY, linestyle=":", label="training (running mean over the epoch)"),
         Line2D([], [], color=GREY, label="validation"),
         Line2D([], [], color=GREY, marker="o", linestyle="", label="epoch whose weights were kept"),
     ]
@@ -1974,16 +1998,17 @@ def forecasts_figure(records: Sequence[Mapping], task: Task, steps: int = 120) -
                     np.array(values[:steps]) * scaler["std"] + scaler["mean"],
                     **style,
                 )
-        left.set_title(f"{record['model']}, one step ahead: MSE {record['test']['mse']:.4f}", color=shade)
-        right.set_title(f"{record['model']}, free-running: each forecast is fed back", color=shade)
+        name = f"{record['model']}, seed {record['seed']}"
+        left.set_title(f"{name}, one step ahead: MSE {record['test']['mse']:.4f}", color=shade)
+        right.set_title(f"{name}, free-running: each forecast is fed back", color=shade)
         left.set_ylabel("value (series units)")
-    left.set_xlabel("step of the test part")
+    left.set_xlabel("test example, in order of time")
     right.set_xlabel("steps ahead of the last observed value")
     free_running_errors(figure.add_subplot(grid[-1, :]), own, task)
     observed = Line2D([], [], color=GREY, marker="o", markersize=2.5, linewidth=0, label="observed value")
     forecast = Line2D([], [], color="black", label="forecast (in the model's colour)")
     figure.legend(handles=[observed, forecast], loc="outside lower center", ncols=2)
-    figure.suptitle(f"{task.title}: forecasts against the truth (curves: seed {first[0]['seed']})")
+    figure.suptitle(f"{task.title}: forecasts against the truth")
     return figure
 
 
@@ -2057,9 +2082,9 @@ def draw_layer(axes: Axes, x: int, layer: Mapping, edge: str) -> None:
         axes.annotate("", (x - 0.4, 0), (x - 0.6, 0), arrowprops={"arrowstyle": "->", "color": GREY}, zorder=3)
 
 
-def performance_figure(records: Sequence[Mapping], costs: pd.DataFrame) -> Figure:
+def performance_figure(records: Sequence[Mapping]) -> Figure:
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
-    tasks, scores = tasks_in(records), scores_table(records)
+    tasks, scores, costs = tasks_in(records), scores_table(records), costs_table(records)
     figure = Figure(figsize=(13, 2.5 * len(tasks) + 0.6), layout="constrained")
     grid = figure.subplots(len(tasks), 4, squeeze=False, width_ratios=[2.2, 1, 1, 1])
     for row, task in zip(grid, tasks):
@@ -2070,6 +2095,10 @@ def performance_figure(records: Sequence[Mapping], costs: pd.DataFrame) -> Figur
             marker = {"model": "o", "baseline": "D", "ceiling": "|"}[line.kind]
             row[0].errorbar(line.mean, line.name, xerr=np.nan_to_num(line.std), fmt=marker, color=shade, capsize=3)
         row[0].set(title=task.title, xlabel=f"test {metric.label}")
+        if not metric.higher_is_better:  # errors differ by factors
+            row[0].set(xscale="log", xlabel=f"test {metric.label}, log scale")
+            row[0].xaxis.set_minor_formatter("{x:.2g}")
+            row[0].xaxis.set_major_formatter("{x:.2g}")
         seconds = runs_table(of_task(records, task)).groupby("model", sort=False)["seconds"].mean()
         cost_bars(row[1], seconds, "training time (s per run)")
         steps = costs[costs["task"] == task.name].set_index("model")
@@ -2085,7 +2114,7 @@ def cost_bars(axes: Axes, values: pd.Series, label: str, notes: pd.Series | None
     bars = axes.barh(values.index, values, color=[colour(name) for name in values.index])
     texts = [f"{value:.3g}" + (f" {notes[name]}" if notes is not None else "") for name, value in values.items()]
     axes.bar_label(bars, texts, padding=3)
-    axes.set(xlabel=label, xlim=(0, (1.35 if notes is None else 1.7) * values.max() if len(values) else 1))
+    axes.set(xlabel=label, xlim=(0, (1.35 if notes is None else 2.0) * values.max() if len(values) else 1))
     axes.grid(axis="y", visible=False)
 
 
@@ -2097,7 +2126,9 @@ def long_range_figure(records: Sequence[Mapping]) -> Figure:
     for axes, (draw, own) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw(axes, own)
     lines = [Line2D([], [], color=colour(name), label=name, linewidth=3) for name in models_in(records)]
-    lines.append(Line2D([], [], color=GREY, marker="D", linestyle="--", label="trigram"))
+    if of_task(records, PREDICTOR):
+        lines.append(Line2D([], [], color=GREY, marker="D", linestyle="--", label="trigram"))
+        lines.append(Line2D([], [], color="black", linestyle=":", label="ceiling"))
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
     figure.suptitle("Long-range memory, mean over seeds")
     return figure
@@ -2108,47 +2139,40 @@ def gradient_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     for name, runs in by_model(records):
         for what, dashes in (("initial_gradient", ":"), ("gradient", "-")):
             length = min(len(r["evidence"][what]) for r in runs)
-            mean = np.exp(np.mean([np.log(np.maximum(r["evidence"][what][:length], 1e-20)) for r in runs], axis=0))
+            mean = np.mean([r["evidence"][what][:length] for r in runs], axis=0)
             axes.semilogy(np.arange(length), mean, dashes, color=colour(name), linewidth=1.3)
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-12))  # a gradient below that is as good as none
     axes.set(title="Gradient of the loss at each word", xlabel="words back from the end of the review")
-    axes.set_ylabel("norm of the gradient (geometric mean)")
-    lines = [
-        Line2D([], [], color=GREY, linestyle=dashes, label=when)
-        for when, dashes in (("before training", ":"), ("after", "-"))
-    ]
+    axes.set_ylabel("norm of the gradient")
+    styles = (("before training", ":"), ("after", "-"))
+    lines = [Line2D([], [], color=GREY, linestyle=dashes, label=when) for when, dashes in styles]
     axes.legend(handles=lines, loc="lower left")
 
 
 def distance_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     """Accuracy on verbs and objects by their distance from the subject that determines them."""
-
-    def curve(key: str, runs: Sequence[Mapping]) -> pd.Series:
-        examples = pd.concat([pd.DataFrame({k: r["examples"][k] for k in ("cue_distance", key)}) for r in runs])
-        return 100 * examples[examples["cue_distance"] > 0].groupby("cue_distance")[key].mean()
-
     for name, runs in by_model(records):
-        axes.plot(curve("score", runs), "o-", color=colour(name), markersize=4)
-    axes.plot(curve("trigram_score", runs), "D--", color=GREY, markersize=4)
+        axes.plot(
+            100 * accuracy_by(runs, "cue_distance").drop(0, errors="ignore"), "o-", color=colour(name), markersize=4
+        )
+    one_per_seed = list({r["seed"]: r for r in records}.values())
+    for score, style in (
+        ("trigram_score", {"fmt": "D--", "color": GREY}),
+        ("best_score", {"fmt": ":", "color": "black"}),
+    ):
+        values = 100 * accuracy_by(one_per_seed, "cue_distance", score).drop(0, errors="ignore")
+        axes.plot(values.index, values, style.pop("fmt"), markersize=4, **style)
     axes.set(title="Next word, by distance of its cue", xlabel="distance of the cue (words back)", ylim=(0, 100))
     axes.set_ylabel("accuracy (%)")
 
 
 def ending_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     """Accuracy on reviews whose closing verdict agrees with their label, and on those where it does not."""
-    groups = by_model(records)
     names = models_in(records)
-    for i, (name, runs) in enumerate(groups):
-        examples = pd.concat(
-            [pd.DataFrame({k: r["examples"][k] for k in ("verdict_contradicts", "score")}) for r in runs]
-        )
-        accuracy = 100 * examples.groupby("verdict_contradicts")["score"].mean().reindex([0, 1])
-        bars = axes.bar(
-            np.arange(2) + (i - (len(names) - 1) / 2) * 0.8 / len(names),
-            accuracy,
-            0.75 / len(names),
-            color=colour(name),
-        )
-        axes.bar_label(bars, fmt="%.0f")
+    for i, (name, runs) in enumerate(by_model(records)):
+        accuracy = 100 * accuracy_by(runs, "verdict_contradicts").reindex([0, 1])
+        middle = np.arange(2) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+        axes.bar_label(axes.bar(middle, accuracy, 0.75 / len(names), color=colour(name)), fmt="%.0f")
     axes.axhline(50, color=GREY, linestyle="--", linewidth=1)
     axes.set(title="Reviews, by what their last word says", ylim=(0, 105), xticks=[0, 1])
     axes.set_xticklabels(["ending agrees\nwith the label", "ending contradicts\nthe label"])
@@ -2156,20 +2180,20 @@ def ending_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def write_report(records: Sequence[Mapping], output_dir: Path) -> None:
-    """All tables, then all figures, from the records and the costs alone."""
-    comparisons, costs = compare_models(records), read_costs(output_dir)
+def write_report(records: Sequence[Mapping], comparisons: pd.DataFrame, output_dir: Path) -> None:
+    """All tables, then all figures, from the records alone."""
     scores = scores_table(records)
     tables = {
         "runs": runs_table(records),
         "summary": scores[scores["metric"].isin(CSV_METRICS)],
         "comparisons": comparisons,
+        "costs": costs_table(records),
     }
     for name, table in tables.items():
         with whole_file(output_dir / f"pytorch_rnn_{name}.csv") as path:
             table.to_csv(path, index=False)
     with whole_file(output_dir / "pytorch_rnn_summary.md") as path:
-        path.write_text(summary_text(records, comparisons, costs), encoding="utf-8")
+        path.write_text(summary_text(records, comparisons), encoding="utf-8")
     figures = {
         f"{task.name}_training_history": partial(training_history_figure, records, task) for task in tasks_in(records)
     }
@@ -2179,7 +2203,7 @@ def write_report(records: Sequence[Mapping], output_dir: Path) -> None:
         figures["long_range"] = partial(long_range_figure, records)
     figures["parameter_counts"] = partial(parameters_figure, records)
     figures["architectures"] = partial(architectures_figure, records)
-    figures["performance_summary"] = partial(performance_figure, records, costs)
+    figures["performance_summary"] = partial(performance_figure, records)
     for name, draw in figures.items():
         with rc_context(STYLE), whole_file(output_dir / f"pytorch_rnn_{name}.png") as path:
             draw().savefig(path, format="png")
@@ -2277,16 +2301,14 @@ def usable_cores() -> int:
 def check_writable(directory: Path) -> None:
     """Raise UsageError, before any training, if files cannot be written to `directory`."""
     try:
-        with whole_file(directory / "probe") as path:
-            path.write_text("")
-        (directory / "probe").unlink()
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise UsageError(f"--output-dir {directory}: cannot be written ({error.strerror}); choose another") from error
 
 
-def print_summary(records: Sequence[Mapping], output_dir: Path) -> None:
+def print_summary(records: Sequence[Mapping], comparisons: pd.DataFrame, output_dir: Path) -> None:
     """The tables and where the files are, on the terminal."""
-    comparisons = pd.read_csv(output_dir / "pytorch_rnn_comparisons.csv")
     for task in tasks_in(records):
         print(f"\n{task.title} (test split)\n")
         print(performance_table(records, task).to_string(index=False))
@@ -2297,17 +2319,15 @@ def print_summary(records: Sequence[Mapping], output_dir: Path) -> None:
 
 
 def train(options: argparse.Namespace, config: Config, device: torch.device) -> None:
-    """Every run that the options ask for, and what a training step costs."""
+    """Every run that the options ask for."""
     names = [name + MATCHED * (options.match == "params" and name != "LSTM") for name in options.models]
+    workers = options.workers or (1 if options.quick or device.type != "cpu" else usable_cores())
     print(
         f"{len(options.tasks) * len(names) * len(options.seeds)} runs: {', '.join(options.tasks)} x {', '.join(names)} "
-        f"x seeds {', '.join(map(str, options.seeds))}, on {device}, {options.workers} at a time",
+        f"x seeds {', '.join(map(str, options.seeds))}, on {device}, {workers} at a time",
         file=sys.stderr,
     )
-    run_all(options.tasks, names, options.seeds, config, device, options.output_dir, options.workers)
-    print("measuring what a training step costs, gradients and free-running forecasts", file=sys.stderr)
-    for name in options.tasks:
-        update_costs(measure_costs(TASKS[name], names, getattr(config, name), device), options.output_dir)
+    run_all(options.tasks, names, options.seeds, config, device, options.output_dir, workers)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -2315,17 +2335,21 @@ def run(options: argparse.Namespace) -> None:
     config = QUICK if options.quick else Config()
     config = config.with_epochs(options.epochs) if options.epochs else config
     device = choose_device(options.device)
-    check_writable(options.output_dir)
-    one_at_a_time = options.quick or device.type != "cpu"
-    options.workers = options.workers or (1 if one_at_a_time else usable_cores())
     if not options.report:
+        check_writable(options.output_dir)
         train(options, config, device)
     records = read_records(options.output_dir, config)
     if not records:
-        raise UsageError(f"--report: no records of this configuration in {options.output_dir / 'runs'}; train first")
+        raise UsageError(
+            f"--report: no records in {options.output_dir / 'runs'} of the configuration asked for; "
+            "train first, and give the same --quick and --epochs"
+        )
+    print("measuring gradients, free-running forecasts and the cost of a step where that is not done", file=sys.stderr)
     add_evidence(records, config, device, options.output_dir)
-    write_report(records, options.output_dir)
-    print_summary(records, options.output_dir)
+    add_costs(records, config, device, options.output_dir)
+    comparisons = compare_models(records)
+    write_report(records, comparisons, options.output_dir)
+    print_summary(records, comparisons, options.output_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
