@@ -57,6 +57,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -554,6 +555,7 @@ class Transcript:
     rng: np.random.Generator
     words: list[str] = field(default_factory=list)
     best: list[float] = field(default_factory=list)  # probability of the likeliest word, given the full state
+    best_is_said: list[bool] = field(default_factory=list)  # whether that word is the one that came
     entropy: list[float] = field(default_factory=list)  # nats, given the full state
     distance: list[int] = field(default_factory=list)  # words back to the cue that determines it; 0: no cue
 
@@ -563,6 +565,7 @@ class Transcript:
         probabilities = np.array([options[word] for word in words])
         self.words.append(words[self.rng.choice(len(words), p=probabilities)])
         self.best.append(probabilities.max())
+        self.best_is_said.append(self.words[-1] == words[probabilities.argmax()])
         self.entropy.append(-(probabilities * np.log(probabilities)).sum())
         self.distance.append(0)
         return self.words[-1]
@@ -668,7 +671,7 @@ def build_corpus(config: PredictorConfig, seed: int) -> TaskData:
         notes={
             "cue_distance": np.array(text.distance[targets]),
             "trigram_score": ngrams[-1].score,
-            "best_score": ceiling.score,
+            "best_score": np.array(text.best_is_said[targets], dtype=float),
         },
     )
 
@@ -2085,7 +2088,7 @@ def draw_layer(axes: Axes, x: int, layer: Mapping, edge: str) -> None:
 def performance_figure(records: Sequence[Mapping]) -> Figure:
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
     tasks, scores, costs = tasks_in(records), scores_table(records), costs_table(records)
-    figure = Figure(figsize=(13, 2.5 * len(tasks) + 0.6), layout="constrained")
+    figure = Figure(figsize=(14, 2.5 * len(tasks) + 0.6), layout="constrained")
     grid = figure.subplots(len(tasks), 4, squeeze=False, width_ratios=[2.2, 1, 1, 1])
     for row, task in zip(grid, tasks):
         metric = task.metrics[0]
@@ -2097,13 +2100,14 @@ def performance_figure(records: Sequence[Mapping]) -> Figure:
         row[0].set(title=task.title, xlabel=f"test {metric.label}")
         if not metric.higher_is_better:  # errors differ by factors
             row[0].set(xscale="log", xlabel=f"test {metric.label}, log scale")
-            row[0].xaxis.set_minor_formatter("{x:.2g}")
+            row[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             row[0].xaxis.set_major_formatter("{x:.2g}")
+            row[0].xaxis.set_minor_formatter("")
         seconds = runs_table(of_task(records, task)).groupby("model", sort=False)["seconds"].mean()
-        cost_bars(row[1], seconds, "training time (s per run)")
+        cost_bars(row[1], seconds, "training (s per run)")
         steps = costs[costs["task"] == task.name].set_index("model")
-        cost_bars(row[2], steps["ms_per_step"], "time per step (ms), by kernel", steps["kernel"])
-        cost_bars(row[3], steps["activation_bytes"] / 2**20, "activations kept per step (MiB)")
+        cost_bars(row[2], steps["ms_per_step"], "step (ms), kernel", steps["kernel"])
+        cost_bars(row[3], steps["activation_bytes"] / 2**20, "activations (MiB per step)")
     figure.suptitle("Test split, mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), and costs")
     return figure
 
@@ -2128,7 +2132,7 @@ def long_range_figure(records: Sequence[Mapping]) -> Figure:
     lines = [Line2D([], [], color=colour(name), label=name, linewidth=3) for name in models_in(records)]
     if of_task(records, PREDICTOR):
         lines.append(Line2D([], [], color=GREY, marker="D", linestyle="--", label="trigram"))
-        lines.append(Line2D([], [], color="black", linestyle=":", label="ceiling"))
+        lines.append(Line2D([], [], color="black", linestyle=":", label="best guess from the grammar's full state"))
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
     figure.suptitle("Long-range memory, mean over seeds")
     return figure
