@@ -134,6 +134,15 @@ def test_report_is_made_from_the_records_alone(quick_run, tmp_path):
         assert (tmp_path / name).read_bytes() == (quick_run / name).read_bytes()
 
 
+def test_seeds_run_later_are_added_to_the_earlier_ones(tmp_path):
+    arguments = ["--quick", "--tasks", "forecaster", "--models", "RNN", "GRU", "--output-dir", str(tmp_path)]
+    assert rnn.main([*arguments, "--seeds", "5"]) == 0
+    assert rnn.main([*arguments, "--seeds", "3"]) == 0
+    assert pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")["seed"].tolist() == [3, 5, 3, 5]
+    text = (tmp_path / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    assert "over the seeds 3, 5" in text and "One seed" not in text
+
+
 def test_records_of_another_configuration_are_left_out(quick_run):
     assert len(rnn.read_records(quick_run, rnn.QUICK)) == 9
     assert rnn.read_records(quick_run, rnn.Config()) == []
@@ -250,6 +259,15 @@ def test_committed_results_lie_in_the_promised_bands(folder):
     mse = table["forecaster"]["mse"]
     assert max(mse["LSTM"], mse["GRU"]) <= 1.25 * mse["noise"]
     assert mse[["RNN", "LSTM", "GRU"]].max() < 0.5 * mse["persistence"]
+
+
+@pytest.mark.parametrize("folder", ["outputs", "outputs/unseen_seeds"])
+def test_no_committed_model_beats_a_ceiling(folder):
+    table = pd.read_csv(ROOT / folder / "pytorch_rnn_summary.csv")
+    for (_, metric), rows in table.groupby(["task", "metric"]):
+        ceiling = rows[rows["kind"] == "ceiling"]["mean"].item()
+        others = rows[rows["kind"] != "ceiling"]["mean"]
+        assert (others < ceiling).all() if metric == "accuracy" else (others > ceiling).all()
 
 
 def test_readme_links_exist_and_documents_every_option_and_file():
