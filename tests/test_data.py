@@ -115,10 +115,10 @@ def test_a_batch_equals_its_examples(data):
 
 
 SCRIPT = """
-import hashlib, json, sys
+import pathlib, sys, torch
 import pytorch_rnn_models as rnn
-out = sys.argv[1]
-assert rnn.main(["--quick", "--models", "GRU", "--tasks", "classifier", "predictor", "--output-dir", out]) == 0
+torch.set_num_threads(1)
+rnn.run_all(["classifier", "predictor"], ["GRU"], [0], rnn.QUICK, torch.device("cpu"), pathlib.Path(sys.argv[1]))
 """
 
 

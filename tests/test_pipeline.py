@@ -197,7 +197,7 @@ def test_a_failed_run_is_status_1_and_keeps_what_was_finished(capsys, tmp_path, 
     bad = replace(rnn.QUICK.forecaster, training=rnn.Training(epochs=1, learning_rate=1e30))
     monkeypatch.setattr(rnn, "QUICK", replace(rnn.QUICK, forecaster=bad))
     assert rnn.main(["--quick", "--tasks", "predictor", "forecaster", "--output-dir", str(tmp_path)]) == 1
-    assert "RNNForecaster (forecaster), seed 42" in capsys.readouterr().err
+    assert "Forecaster (forecaster), seed 42: the loss is not finite" in capsys.readouterr().err
     assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
