@@ -1047,6 +1047,11 @@ def likeliest_hits(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(dim=1) == target).float()
 
 
+def perplexity(loss: float) -> float:
+    """The exponential of a cross-entropy in nats; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 ACCURACY = Metric("accuracy", "accuracy", "score", ".1%", higher_is_better=True)
 
 CLASSIFIER = Task(
@@ -1076,7 +1081,7 @@ PREDICTOR = Task(
     metrics=(
         ACCURACY,
         Metric("loss", "cross-entropy (nats)", "loss"),
-        Metric("perplexity", "perplexity", "loss", ".2f", transform=math.exp),
+        Metric("perplexity", "perplexity", "loss", ".2f", transform=perplexity),
     ),
     hard_cases=("words whose cue lies 5 or more words back", "cue_distance", 5),
 )
@@ -1209,6 +1214,30 @@ def evaluate(
     return {name: torch.cat(part).cpu().numpy() for name, part in zip(("loss", "score", "answer"), zip(*parts))}
 
 
+def train_and_validate(
+    model: nn.Module,
+    task: Task,
+    data: TaskData,
+    optimizer: torch.optim.Optimizer,
+    loader: DataLoader,
+    training: Training,
+    device: torch.device,
+    after_batch: Callable[[], object],
+) -> dict:
+    """One epoch and what there is to say of it: the row of the history that `fit` describes, less its number."""
+    start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
+    loss, score, norm = train_epoch(model, task, optimizer, loader, training, device, after_batch)
+    validation = evaluate(model, task, data.validation, device)
+    val_loss, val_score = float(validation["loss"].mean()), float(validation["score"].mean())
+    return {
+        "learning_rate": rate,
+        "gradient_norm": norm,
+        "seconds": time.perf_counter() - start,
+        "train": {"loss": loss} | task.measure(loss, score, data.unit),
+        "validation": {"loss": val_loss} | task.measure(val_loss, val_score, data.unit),
+    }
+
+
 def fit(
     model: nn.Module,
     task: Task,
@@ -1234,25 +1263,14 @@ def fit(
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=as_fetched)
     stopper, history, best_weights = EarlyStopping(training.patience), [], {}
     for epoch in range(1, training.epochs + 1):
-        start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        loss, score, norm = train_epoch(model, task, optimizer, loader, training, device, after_batch)
-        validation = evaluate(model, task, data.validation, device)
-        val_loss, val_score = float(validation["loss"].mean()), float(validation["score"].mean())
-        if not math.isfinite(loss + val_loss):
+        row = train_and_validate(model, task, data, optimizer, loader, training, device, after_batch)
+        val_loss = row["validation"]["loss"]
+        if not math.isfinite(row["train"]["loss"] + val_loss):
             raise TrainingDiverged(
-                f"{type(model).__name__} ({task.name}), seed {seed}: the loss is not finite in epoch {epoch}; "
-                f"try a learning rate below {rate:g} or a clip norm below {training.clip_norm:g}"
+                f"{type(model).__name__} ({task.name}), seed {seed}: the loss is not finite in epoch {epoch}; try a "
+                f"learning rate below {row['learning_rate']:g} or a clip norm below {training.clip_norm:g}"
             )
-        history.append(
-            {
-                "epoch": epoch,
-                "learning_rate": rate,
-                "gradient_norm": norm,
-                "seconds": time.perf_counter() - start,
-                "train": {"loss": loss} | task.measure(loss, score, data.unit),
-                "validation": {"loss": val_loss} | task.measure(val_loss, val_score, data.unit),
-            }
-        )
+        history.append({"epoch": epoch} | row)
         after_epoch(history[-1])
         if stopper.update(val_loss):
             best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}

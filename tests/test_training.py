@@ -110,6 +110,11 @@ def test_metrics_are_in_the_units_of_the_series(data):
     assert metrics["mae"] == pytest.approx(abs(truth - forecast).mean(), rel=1e-4)
 
 
+def test_perplexity():
+    assert rnn.perplexity(math.log(157)) == pytest.approx(157)
+    assert rnn.perplexity(1e6) == rnn.perplexity(math.nan) == math.inf
+
+
 def test_epoch_means_are_weighted_by_examples(data):
     """With a learning rate of next to nothing, an epoch's running mean is the evaluation's mean."""
     model, task, own = new_model("predictor", "RNN", data, dropout=0.0), rnn.TASKS["predictor"], data["predictor"]
