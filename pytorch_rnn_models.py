@@ -1551,6 +1551,11 @@ def models_in(records: Sequence[Mapping]) -> list[str]:
     return list(dict.fromkeys(r["model"] for r in records))
 
 
+def one_per_model(records: Sequence[Mapping]) -> list[Mapping]:
+    """A record of each model of each task, for what does not depend on the seed."""
+    return list({(r["task"], r["model"]): r for r in records}.values())
+
+
 # --- statistics over seeds ------------------------------------------------------------
 
 
@@ -1820,11 +1825,7 @@ def plus_minus(mean: float, std: float, form: str) -> str:
 
 
 def performance_table(records: Sequence[Mapping], task: Task) -> pd.DataFrame:
-    """One task's results as a person reads them: models, baselines and ceiling, mean ± deviation over seeds.
-
-    "gap closed" is how much of the way from the best baseline to the ceiling a model has come, by the task's
-    first metric.
-    """
+    """One task's results as a person reads them: models, baselines and ceiling, mean ± deviation over seeds."""
     runs, scores = runs_table(of_task(records, task)).groupby("model"), scores_table(of_task(records, task))
     first = scores[scores["metric"] == task.metrics[0].name].set_index("name")
     ceiling = first[first["kind"] == "ceiling"]["mean"]
@@ -1835,21 +1836,24 @@ def performance_table(records: Sequence[Mapping], task: Task) -> pd.DataFrame:
         row = {"": name, "kind": str(cells["kind"].iloc[0])}
         row |= {m.name: plus_minus(cells.loc[m.name, "mean"], cells.loc[m.name, "std"], m.form) for m in task.metrics}
         if name in runs.groups:
-            run, row["gap closed"] = runs.get_group(name), "unknown"
-            if len(ceiling):
-                gaps = ceiling.iloc[0] - baselines
-                row["gap closed"] = (
-                    f"{100 * (1 - (ceiling.iloc[0] - first.loc[name, 'mean']) / gaps[gaps.abs().idxmin()]):.0f} %"
-                )
+            run, row["gap closed"] = runs.get_group(name), gap_closed(first.loc[name, "mean"], baselines, ceiling)
             row |= {"best epoch": f"{run['best_epoch'].mean():.1f}", "seconds": f"{run['seconds'].mean():.1f}"}
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
 
+def gap_closed(value: float, baselines: pd.Series, ceiling: pd.Series) -> str:
+    """How much of the way from the best of the baselines to the ceiling a model's score has come."""
+    if ceiling.empty:
+        return "unknown"
+    gaps = ceiling.iloc[0] - baselines
+    return f"{100 * (1 - (ceiling.iloc[0] - value) / gaps[gaps.abs().idxmin()]):.0f} %"
+
+
 def parameters_table(records: Sequence[Mapping]) -> pd.DataFrame:
     """Parameters of each model by part."""
     rows = []
-    for record in {(r["task"], r["model"]): r for r in records}.values():
+    for record in one_per_model(records):
         counts = {part: record["parameters"].get(part, 0) for part in PARTS}
         rows.append({"task": record["task"], "model": record["model"]} | counts | {"total": sum(counts.values())})
     return pd.DataFrame(rows)
@@ -1865,7 +1869,7 @@ def costs_table(records: Sequence[Mapping]) -> pd.DataFrame:
             "recurrent_parameters": record["parameters"]["recurrent"],
             **record["cost"],
         }
-        for record in {(r["task"], r["model"]): r for r in records}.values()
+        for record in one_per_model(records)
     )
 
 
@@ -2007,19 +2011,8 @@ def forecasts_figure(records: Sequence[Mapping], task: Task, steps: int = 120) -
         right = figure.add_subplot(grid[row, 1], sharey=left)
         scaler, shade = record["decoding"]["scaler"], colour(record["model"])
         examples, free = record["examples"], record["evidence"]["free_running"]
-        for axes, truth, forecast in (
-            (left, examples["truth"], examples["answer"]),
-            (right, free["truth"], free["forecast"]),
-        ):
-            for values, style in (
-                (truth, {"color": GREY, "marker": "o", "markersize": 2.5, "linewidth": 0}),
-                (forecast, {"color": shade}),
-            ):
-                axes.plot(
-                    np.arange(1, len(values[:steps]) + 1),
-                    np.array(values[:steps]) * scaler["std"] + scaler["mean"],
-                    **style,
-                )
+        draw_forecast(left, examples["truth"][:steps], examples["answer"][:steps], scaler, shade)
+        draw_forecast(right, free["truth"][:steps], free["forecast"][:steps], scaler, shade)
         name = f"{record['model']}, seed {record['seed']}"
         left.set_title(f"{name}, one step ahead: MSE {record['test']['mse']:.4f}", color=shade)
         right.set_title(f"{name}, free-running: each forecast is fed back", color=shade)
@@ -2032,6 +2025,16 @@ def forecasts_figure(records: Sequence[Mapping], task: Task, steps: int = 120) -
     figure.legend(handles=[observed, forecast], loc="outside lower center", ncols=2)
     figure.suptitle(f"{task.title}: forecasts against the truth")
     return figure
+
+
+def draw_forecast(
+    axes: Axes, truth: Sequence[float], forecast: Sequence[float], scaler: Mapping, shade: tuple[float, ...]
+) -> None:
+    """Observed values as points and a forecast as a line, both brought from standardised to series units."""
+    steps = np.arange(1, len(truth) + 1)
+    observed, forecast = (np.array(values) * scaler["std"] + scaler["mean"] for values in (truth, forecast))
+    axes.plot(steps, observed, color=GREY, marker="o", markersize=2.5, linewidth=0)
+    axes.plot(steps, forecast, color=shade)
 
 
 def free_running_errors(axes: Axes, records: Sequence[Mapping], task: Task) -> None:
@@ -2074,7 +2077,7 @@ def parameters_figure(records: Sequence[Mapping]) -> Figure:
 
 def architectures_figure(records: Sequence[Mapping]) -> Figure:
     """A strip of boxes per model: its layers in order, with settings, output shape and parameters."""
-    first = list({(r["task"], r["model"]): r for r in records}.values())
+    first = one_per_model(records)
     width = max(len(record["layers"]) for record in first) + 1
     figure = Figure(figsize=(1.75 * width + 1.5, 1.0 * len(first) + 0.6), layout="constrained")
     for axes, record in zip(figure.subplots(len(first), 1, squeeze=False)[:, 0], first):
