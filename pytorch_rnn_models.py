@@ -28,7 +28,12 @@ Shapes in comments: B batch, T time steps, E embedding, F input features, H hidd
 from __future__ import annotations
 
 import argparse
+import csv
+import difflib
 import gc
+import gzip
+import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -38,14 +43,18 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections import Counter, defaultdict
+import zlib
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import combinations
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +79,10 @@ from tqdm.auto import tqdm
 DEFAULT_SEEDS = (42, 43, 44)
 
 
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what was found and what would be right."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ValueError with `message` unless `condition` holds."""
     if not condition:
@@ -80,6 +93,14 @@ def require_at_least_one(config: object, *names: str) -> None:
     """Raise ValueError unless each named field of `config` is 1 or more."""
     for name in names:
         require(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; it must be 1 or more")
+
+
+LEAST_REVIEWS = 20  # that make three splits
+
+
+def least_length(window: int) -> int:
+    """How many words or values make three splits of which each has a window and what follows it."""
+    return 8 * (window + 1)
 
 
 @dataclass(frozen=True)
@@ -109,17 +130,28 @@ class Training:
 
 
 @dataclass(frozen=True)
+class OwnFile:
+    """A user's file that takes the place of the generated data; `own_file` makes it."""
+
+    path: str
+    digest: str  # SHA-256 of its content: a run belongs to the content, wherever the file lies
+    column: str = ""  # of a series; without it, the only numeric one
+
+
+@dataclass(frozen=True)
 class ClassifierConfig:
     """Text classification: the reviews, the model, its training. What each lever does: `generate_reviews`."""
 
+    own: OwnFile | None = None  # takes the place of the generated reviews, which the next seven fields describe
     n_reviews: int = 5000
-    vocab_size: int = 5000  # most frequent words of the training split, <pad> and <unk> included
     phrases: tuple[int, int] = (10, 62)  # three-word phrases per review, least and most: 34 to 190 words
     opinion_rate: float = 0.33  # share of the phrases that state an opinion
     clarity: tuple[float, float] = (0.5, 0.84)  # range of a review's share of opinions that agree with its label
     negation_rate: float = 0.2  # share of the opinions put as the negation of the opposite
     name_rate: float = 0.15  # share of the other phrases that hold a surname, most of them rare
     verdict_reliability: float = 0.64  # how often the closing verdict agrees with the label
+    vocab_size: int = 5000  # most frequent words of the training split, <pad> and <unk> included
+    max_words: int = 200  # of a longer review the end is kept
     embed_dim: int = 50
     hidden_dim: int = 100
     n_layers: int = 1
@@ -127,8 +159,10 @@ class ClassifierConfig:
     training: Training = Training(learning_rate=2e-3, weight_decay=1e-4, lr_patience=2, patience=6)
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, "embed_dim", "hidden_dim", "n_layers")
-        require(self.n_reviews >= 20, f"n_reviews is {self.n_reviews}; three splits need 20 or more")
+        require_at_least_one(self, "max_words", "embed_dim", "hidden_dim", "n_layers")
+        require(
+            self.n_reviews >= LEAST_REVIEWS, f"n_reviews is {self.n_reviews}; three splits need {LEAST_REVIEWS} or more"
+        )
         require(self.vocab_size >= 3, f"vocab_size is {self.vocab_size}; with <pad> and <unk> it must be 3 or more")
 
 
@@ -136,10 +170,11 @@ class ClassifierConfig:
 class PredictorConfig:
     """Next-word prediction: the corpus, the model, its training. What each lever does: `generate_corpus`."""
 
+    own: OwnFile | None = None  # takes the place of the generated corpus, which the next two fields describe
     n_words: int = 24_000
-    vocab_size: int = 5000
-    window: int = 10  # words that the model sees before the one it predicts
     favourite_rate: float = 0.7  # how often a subject takes its favourite verb, and its favourite object
+    vocab_size: int = 5000  # as the classifier's
+    window: int = 10  # words that the model sees before the one it predicts
     embed_dim: int = 50
     hidden_dim: int = 100
     n_layers: int = 1
@@ -148,19 +183,21 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "window", "embed_dim", "hidden_dim", "n_layers")
-        needed = 20 * (self.window + 1)
+        needed = least_length(self.window)
         require(self.n_words >= needed, f"n_words is {self.n_words}; windows of {self.window} need {needed} or more")
+        require(self.vocab_size >= 3, f"vocab_size is {self.vocab_size}; with <pad> and <unk> it must be 3 or more")
 
 
 @dataclass(frozen=True)
 class ForecasterConfig:
     """Time-series forecasting: the series, the model, its training."""
 
+    own: OwnFile | None = None  # takes the place of the generated series, which the next four fields describe
     n_steps: int = 4000
-    window: int = 50  # steps that the model sees before the one it predicts
     periods: tuple[float, ...] = (9.1, 16.3, 35.7)  # steps; a window holds at least one whole cycle of each
     amplitudes: tuple[float, ...] = (0.5, 0.8, 1.0)
     noise: float = 0.3  # standard deviation of the white noise
+    window: int = 50  # steps that the model sees before the one it predicts
     hidden_dim: int = 64
     n_layers: int = 2
     dropout: float = 0.0
@@ -170,7 +207,7 @@ class ForecasterConfig:
         require_at_least_one(self, "hidden_dim", "n_layers")
         require(len(self.periods) == len(self.amplitudes), "periods and amplitudes must be of the same number")
         require(self.window >= 2, f"window is {self.window}; it must be 2 or more")
-        needed = 20 * (self.window + 1)
+        needed = least_length(self.window)
         require(self.n_steps >= needed, f"n_steps is {self.n_steps}; windows of {self.window} need {needed} or more")
 
 
@@ -198,7 +235,9 @@ QUICK = Config(
 # 3. Data
 # ======================================================================================
 
-PAD, UNK = "<pad>", "<unk>"
+PAD, UNK = "<pad>", "<unk>"  # the words of id 0 and id 1
+WORDS = re.compile(r"\w+(?:'\w+)*")  # letters of any script, digits, apostrophes between them
+WORDS_AND_ENDS = re.compile(rf"{UNK}|{WORDS.pattern}|[.!?](?=[\s\"')\]”’»]|$)")  # a sentence's end is a word
 TRAIN_SHARE, VALIDATION_SHARE = 0.70, 0.15  # the rest is the test split
 
 
@@ -220,21 +259,28 @@ class Reference:
     kind: str  # "baseline" or "ceiling"
     loss: np.ndarray  # (N,)
     score: np.ndarray  # (N,)
+    remark: str = ""  # why it can win, to follow its name
 
 
 @dataclass(frozen=True)
 class TaskData:
     """What one seed's data come to: three disjoint splits and what is known about them."""
 
+    question: str  # what is asked of these data, in a sentence or two
     train: BatchDataset
     validation: BatchDataset
     test: BatchDataset
     arguments: Mapping[str, int | float]  # constructor keywords of the models
     decoding: Mapping[str, object]  # what turns words or values into inputs and back: goes into the checkpoint
     references: Sequence[Reference]
-    facts: Mapping[str, int | float]  # for the summary
+    facts: Mapping[str, int | float | str]  # for the summary
     notes: Mapping[str, np.ndarray] = field(default_factory=dict)  # (N,) each: known about every test example
     unit: float = 1.0  # one unit of the targets, in the user's units
+    offset: float = 0.0  # a target of zero, in the user's units
+
+    def to(self, device: torch.device) -> TaskData:
+        """The same data with the splits on `device`."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("train", "validation", "test")})
 
 
 class BatchDataset(Dataset):
@@ -258,6 +304,19 @@ class BatchDataset(Dataset):
         longest = int(self.lengths[rows].max())
         return self.inputs[rows, :longest], self.targets[rows]
 
+    def to(self, device: torch.device) -> BatchDataset:
+        """The same examples on `device`; views stay views of one tensor."""
+        moved = copy(self)
+        moved.inputs, moved.targets = (on_device(tensor, device) for tensor in (self.inputs, self.targets))
+        return moved
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, with its whole storage, so that a view is moved without being written out."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    whole = tensor.as_strided((size,), (1,), 0).to(device)
+    return whole.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
 
 class ReviewDataset(BatchDataset):
     """Reviews as word ids padded on the right with 0: inputs (N, T) long, targets (N, 1) float, 1 = positive."""
@@ -269,11 +328,15 @@ class ReviewDataset(BatchDataset):
 
 
 class CorpusDataset(BatchDataset):
-    """Every window of a running text and the word after it: inputs (N, T) long, targets (N,) long, both views."""
+    """Windows of a running text and the word after each: inputs (N, T) long, targets (N,) long, both views.
 
-    def __init__(self, ids: Sequence[int], window: int) -> None:
-        rows = torch.as_tensor(ids, dtype=torch.long).unfold(0, window + 1, 1)  # (N, T + 1), no copy
-        super().__init__(rows[:, :-1], rows[:, -1], torch.full((len(rows),), window))
+    Every window, or, if there are more, about `most` that are evenly spaced.
+    """
+
+    def __init__(self, ids: Sequence[int], window: int, most: int | None = None) -> None:
+        self.stride = math.ceil((len(ids) - window) / most) if most else 1
+        rows = torch.as_tensor(ids, dtype=torch.long).unfold(0, window + 1, self.stride)  # (N, T + 1), no copy
+        super().__init__(rows[:, :-1], rows[:, -1], torch.tensor(window).expand(len(rows)))
 
 
 class SeriesDataset(BatchDataset):
@@ -281,7 +344,7 @@ class SeriesDataset(BatchDataset):
 
     def __init__(self, values: Sequence[float], window: int) -> None:
         rows = torch.as_tensor(values, dtype=torch.float32).unfold(0, window + 1, 1)  # (N, T + 1), no copy
-        super().__init__(rows[:, :-1, None], rows[:, -1:], torch.full((len(rows),), window))
+        super().__init__(rows[:, :-1, None], rows[:, -1:], torch.tensor(window).expand(len(rows)))
 
 
 class LengthBuckets(Sampler):
@@ -316,6 +379,7 @@ class Vocabulary:
     def fit(cls, words: Iterable[str], size: int) -> Vocabulary:
         """The `size` - 2 most frequent of `words` (pass the training split's alone)."""
         counts = Counter(words)
+        counts.pop(UNK, None)  # some corpora come with it
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         return cls([PAD, UNK, *ranked[: size - 2]])
 
@@ -327,9 +391,9 @@ class Vocabulary:
         return [self.ids.get(word, 1) for word in words]
 
 
-def tokenize(text: str) -> list[str]:
-    """Lower-case words, digits and apostrophes included, punctuation left out."""
-    return re.findall(r"[a-z0-9']+", text.lower())
+def tokenize(text: str, pattern: re.Pattern) -> list[str]:
+    """Lower-case words, those that `pattern` finds; interned, so that a long text holds each of them once."""
+    return [sys.intern(found[0]) for found in pattern.finditer(text.lower().replace("’", "'"))]
 
 
 def three_parts(n: int) -> tuple[slice, slice, slice]:
@@ -343,6 +407,119 @@ def model_arguments(config: object, **from_data: int) -> dict[str, int | float]:
     """The models' constructor keywords: those that the data decide and those that the configuration names."""
     names = ("embed_dim", "hidden_dim", "n_layers", "dropout")
     return from_data | {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
+# --- a user's own files ---------------------------------------------------------------
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file, unpacked if its name ends in .gz; raises InputError."""
+    try:
+        content = gzip.decompress(Path(path).read_bytes()) if str(path).endswith(".gz") else Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not content.strip():
+        raise InputError(f"{path}: the file is empty")
+    return content
+
+
+def decode(content: bytes, source: str | Path) -> str:
+    """UTF-8 text, with or without a byte order mark; raises InputError."""
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start:,} is 0x{content[error.start]:02x}"
+        raise InputError(f"{source}: not UTF-8 ({found}); save it as UTF-8") from error
+
+
+def own_file(path: str | Path, column: str = "") -> OwnFile:
+    """The file as a configuration names it; raises InputError."""
+    return OwnFile(str(path), hashlib.sha256(read_bytes(path)).hexdigest(), column)
+
+
+def own_text(own: OwnFile) -> str:
+    """What is in a user's file; raises InputError, also when the content is no longer what the configuration names."""
+    content = read_bytes(own.path)
+    if hashlib.sha256(content).hexdigest() != own.digest:
+        raise InputError(f"{own.path}: changed since the run began; start again")
+    return decode(content, own.path)
+
+
+def parse_table(text: str, source: str) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV text, numbered from 1 as a spreadsheet does, blank ones left out; raises InputError."""
+    reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True), []
+    try:
+        for number, row in enumerate(reader, start=1):
+            if row:
+                rows.append((number, [cell.strip() for cell in row]))
+                if len(row) != len(rows[0][1]):
+                    raise InputError(f"{source}: row {number} has {len(row)} fields, the first has {len(rows[0][1])}")
+    except csv.Error as error:
+        raise InputError(f"{source}: line {reader.line_num} is not CSV ({error})") from error
+    if not rows:
+        raise InputError(f"{source}: there is no row in it")
+    return rows
+
+
+def parse_reviews(text: str, source: str) -> Reviews:
+    """The reviews of a CSV text with the columns `text` and `label`; raises InputError.
+
+    The label that comes second in alphabetical order counts as positive: 1 after 0, pos after neg.
+    """
+    (_, header), *rows = parse_table(text, source)
+    for column in ("text", "label"):
+        if column not in header:
+            raise InputError(f"{source}: there is no column '{column}'; its columns are {', '.join(header)}")
+    texts, labels = ([row[header.index(column)] for _, row in rows] for column in ("text", "label"))
+    names = sorted(set(labels))
+    if len(names) != 2:
+        some = ", ".join(map(repr, names[:5])) + ", ..." * (len(names) > 5)
+        raise InputError(f"{source}: the column 'label' holds {len(names)} different values ({some}); two are needed")
+    return Reviews(texts, np.array([names.index(label) for label in labels]), tuple(names))
+
+
+def as_number(text: str) -> float | None:
+    """The number that a cell of a table holds, if it holds one."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def parse_series(text: str, source: str, column: str = "") -> np.ndarray:
+    """The values (N,) of one column of a CSV text, the only numeric one if none is named; raises InputError.
+
+    The first row is a header if it holds the column's name, or no number. Without a header the columns are
+    called 1, 2, 3. A column is numeric if most of its cells are.
+    """
+    rows = parse_table(text, source)
+    header = [str(i) for i in range(1, len(rows[0][1]) + 1)]
+    if (column and column in rows[0][1]) or all(as_number(cell) is None for cell in rows[0][1]):
+        header = rows.pop(0)[1]
+    if column and column not in header:
+        raise InputError(f"{source}: there is no column '{column}'; its columns are {', '.join(header)}")
+    shares = np.array([[as_number(cell) is not None for cell in row] for _, row in rows]).mean(axis=0) if rows else []
+    numeric = [name for name, share in zip(header, shares) if share > 0.5]
+    if not column and len(numeric) != 1:
+        found = f"{len(numeric)} numeric columns" if numeric else "no numeric column"
+        raise InputError(f"{source}: {found} among {', '.join(header)}; name one with --series-column")
+    column = column or numeric[0]
+    cells = [(number, row[header.index(column)]) for number, row in rows]
+    for number, cell in cells:
+        value = as_number(cell)
+        if value is None or not math.isfinite(value):
+            missing = cell.lower() in ("", "na", "nan", "null", "none")
+            found = "holds no value" if missing else f"holds {cell[:40]!r}, which is not a finite number"
+            raise InputError(f"{source}: row {number} {found} in the column '{column}'")
+    return np.array([float(cell) for _, cell in cells])
+
+
+def require_enough(count: int, what: str, needed: int, source: str) -> None:
+    """Raise InputError if a user's file holds too little for three splits."""
+    if count < needed:
+        raise InputError(f"{source}: {count:,} {what}; three splits need {needed:,} or more")
 
 
 # --- reviews --------------------------------------------------------------------------
@@ -389,10 +566,11 @@ def draw_surnames(n: int, rng: np.random.Generator) -> list[str]:
 
 @dataclass(frozen=True)
 class Reviews:
-    """Film reviews, 1 = positive, and, where they were generated, the evidence that the generator put into each."""
+    """Labelled texts and, where they were generated, the evidence that the generator put into each."""
 
     texts: Sequence[str]
-    labels: np.ndarray  # (N,)
+    labels: np.ndarray  # (N,): 0 or 1
+    names: tuple[str, str] = ("negative", "positive")  # of the labels 0 and 1
     log_odds: np.ndarray | None = None  # (N,) of positive against negative, given all that bears on the label
     praised: np.ndarray | None = None  # (N,): the closing verdict is positive
 
@@ -426,7 +604,8 @@ def generate_reviews(config: ClassifierConfig, rng: np.random.Generator) -> Revi
     texts = [punctuate([*body, f"in all a {verdict}"], rng) for body, verdict in zip(bodies, verdicts)]
     n_opinions = np.bincount(owner[is_opinion], minlength=n_reviews)
     n_favourable = np.bincount(owner[is_opinion & favourable], minlength=n_reviews)
-    return Reviews(texts, labels, review_log_odds(n_favourable, n_opinions, praised, config), praised)
+    log_odds = review_log_odds(n_favourable, n_opinions, praised, config)
+    return Reviews(texts, labels, log_odds=log_odds, praised=praised)
 
 
 def draw_opinions(favourable: np.ndarray, negation_rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -470,38 +649,64 @@ def review_log_odds(
     return np.log(positive / negative) + np.where(praised, verdict, -verdict)
 
 
+def own_reviews(own: OwnFile, rng: np.random.Generator) -> Reviews:
+    """A user's reviews, shuffled, for the file may be sorted; raises InputError."""
+    reviews = parse_reviews(own_text(own), own.path)
+    order = rng.permutation(len(reviews.texts))
+    return Reviews([reviews.texts[i] for i in order], reviews.labels[order], reviews.names)
+
+
 def build_reviews(config: ClassifierConfig, seed: int) -> TaskData:
-    """Generated reviews, split, encoded with the training split's vocabulary, with their references."""
-    reviews = generate_reviews(config, random_generator(seed, "reviews"))
-    keep = np.sort(np.unique(reviews.texts, return_index=True)[1])  # duplicates would cross the splits
-    texts, labels = [reviews.texts[i] for i in keep], reviews.labels[keep]
-    log_odds, praised = reviews.log_odds[keep], reviews.praised[keep]
-    words = [tokenize(text) for text in texts]
-    parts = three_parts(len(texts))
-    assert sum(len(set(texts[part])) for part in parts) == len(set(texts)), "a review is in two splits"
+    """Reviews without repetitions, split, encoded with the training split's vocabulary, with their references.
+
+    Of a review longer than `max_words` the end is kept: that is where reviewers conclude, and what a recurrent
+    layer, which reads it last, remembers best. Raises InputError if a user's file cannot be used.
+    """
+    rng, own = random_generator(seed, "reviews"), config.own
+    reviews = own_reviews(own, rng) if own else generate_reviews(config, rng)
+    words = [tokenize(text, WORDS) for text in reviews.texts]
+    first = {}  # the first review of each wording: repetitions would cross the splits
+    for i, review in enumerate(words):
+        first.setdefault(tuple(review), i)
+    keep = [i for review, i in first.items() if review]
+    if own:
+        require_enough(len(keep), "different reviews that hold a word", LEAST_REVIEWS, own.path)
+    words, labels, names = [words[i][-config.max_words :] for i in keep], reviews.labels[keep], reviews.names
+    parts = three_parts(len(words))
     vocabulary = Vocabulary.fit((word for review in words[parts[0]] for word in review), config.vocab_size)
     ids = [vocabulary.encode(review) for review in words]
     train, validation, test = (ReviewDataset(ids[part], labels[part]) for part in parts)
+    references, notes = [majority_class(train, test), naive_bayes(train, test, len(vocabulary))], {}
+    question = (
+        f"Which label does a text of {Path(own.path).name} bear, {names[0]} or {names[1]}?"
+        if own
+        else (
+            "Is a film review positive? Opinions are scattered over its whole length, some of them negated, and the "
+            "verdict at its end often misleads."
+        )
+    )
+    if reviews.log_odds is not None:
+        log_odds, praised = reviews.log_odds[keep][parts[2]], reviews.praised[keep][parts[2]]
+        references.append(binary_outcome("Bayes decision", "ceiling", log_odds, labels[parts[2]]))
+        notes["verdict_contradicts"] = (praised != (labels[parts[2]] == 1)).astype(int)
     return TaskData(
+        question,
         train,
         validation,
         test,
         arguments=model_arguments(config, vocab_size=len(vocabulary), output_dim=1),
-        decoding={"vocabulary": vocabulary.words},
-        references=[
-            majority_class(train, test),
-            naive_bayes(train, test, len(vocabulary)),
-            binary_outcome("Bayes decision", "ceiling", log_odds[parts[2]], labels[parts[2]]),
-        ],
+        decoding={"vocabulary": vocabulary.words, "labels": list(names), "max_words": config.max_words},
+        references=references,
         facts={
-            "reviews": len(texts),
-            "share positive": float(labels.mean()),
+            "reviews": len(words),
+            "left out as empty or repeated": len(reviews.texts) - len(words),
+            f"share {names[1]}": float(labels.mean()),
             "mean length (words)": float(np.mean([len(review) for review in words])),
             "distinct words": len({word for review in words for word in review}),
             "vocabulary": len(vocabulary),
             "unknown words in the test split": float((test.inputs == 1).sum() / (test.inputs > 0).sum()),
         },
-        notes={"verdict_contradicts": (praised != (labels == 1))[parts[2]].astype(int)},
+        notes=notes,
     )
 
 
@@ -511,10 +716,14 @@ def binary_outcome(name: str, kind: str, log_odds: np.ndarray, labels: np.ndarra
     return Reference(name, kind, loss, ((log_odds > 0) == (labels > 0.5)).astype(float))
 
 
+def prior_log_odds(labels: np.ndarray) -> float:
+    """Log odds of label 1 from how often it occurs, with add-one smoothing: one label may not occur at all."""
+    return math.log((labels.sum() + 1) / (len(labels) - labels.sum() + 1))
+
+
 def majority_class(train: ReviewDataset, test: ReviewDataset) -> Reference:
     """Always the class that is more frequent in training, with its frequency there."""
-    share = train.targets.mean().item()
-    log_odds = np.full(len(test), math.log(share / (1 - share)))
+    log_odds = np.full(len(test), prior_log_odds(train.targets[:, 0].numpy()))
     return binary_outcome("majority class", "baseline", log_odds, test.targets[:, 0].numpy())
 
 
@@ -523,8 +732,8 @@ def naive_bayes(train: ReviewDataset, test: ReviewDataset, vocab_size: int) -> R
     ids, labels = train.inputs.numpy(), train.targets[:, 0].numpy()
     counts = np.stack([np.bincount(ids[labels == y].ravel(), minlength=vocab_size) for y in (0, 1)])[:, 1:] + 1.0
     weights = np.diff(np.log(counts / counts.sum(axis=1, keepdims=True)), axis=0)[0]
-    prior = math.log(labels.mean() / (1 - labels.mean()))
-    log_odds = prior + np.concatenate([[0.0], weights])[test.inputs.numpy()].sum(axis=1)  # padding weighs nothing
+    evidence = np.concatenate([[0.0], weights])[test.inputs.numpy()].sum(axis=1)  # padding weighs nothing
+    log_odds = prior_log_odds(labels) + evidence
     return binary_outcome("naive Bayes", "baseline", log_odds, test.targets[:, 0].numpy())
 
 
@@ -639,81 +848,142 @@ def generate_corpus(config: PredictorConfig, rng: np.random.Generator) -> Transc
     return text
 
 
+def own_corpus(own: OwnFile, window: int) -> Transcript:
+    """The words and sentence ends of a user's text; raises InputError."""
+    lines = io.StringIO(own_text(own))  # line by line: a lower-case copy of 100 MB at once would fill the memory
+    words = [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
+    require_enough(len(words), "words", least_length(window), own.path)
+    return Transcript(random_generator(0, "none"), words)
+
+
+MOST_WINDOWS = 50_000  # of a validation or test split: more would hardly narrow an interval
+
+
 def build_corpus(config: PredictorConfig, seed: int) -> TaskData:
-    """A generated corpus, cut in three, encoded with the training part's vocabulary, with its references."""
-    text = generate_corpus(config, random_generator(seed, "corpus"))
+    """A corpus, cut in three, encoded with the training part's vocabulary, with its references.
+
+    Validation and test windows are evenly spaced if there are more than `MOST_WINDOWS`. Raises InputError if a
+    user's file cannot be used.
+    """
+    own = config.own
+    text = own_corpus(own, config.window) if own else generate_corpus(config, random_generator(seed, "corpus"))
     parts = three_parts(len(text.words))  # cut before windowing: no window straddles a cut
     vocabulary = Vocabulary.fit(text.words[parts[0]], config.vocab_size)
-    ids = vocabulary.encode(text.words)
-    train, validation, test = (CorpusDataset(ids[part], config.window) for part in parts)
-    assert sum(len(split) + config.window for split in (train, validation, test)) == len(ids)
-    targets = slice(parts[2].start + config.window, None)  # the words that the test windows ask for
-    seen = {tuple(row) for row in train.inputs.tolist()}
+    if len(vocabulary) < 3:
+        raise InputError(f"{own.path}: no known word in its first {TRAIN_SHARE:.0%}, the training part")
+    ids = np.array(vocabulary.encode(text.words))
+    train = CorpusDataset(ids[parts[0]], config.window)
+    validation, test = (CorpusDataset(ids[part], config.window, MOST_WINDOWS) for part in parts[1:])
     ngrams = [NGram(ids[parts[0]], order, len(vocabulary)).reference(test) for order in (1, 2, 3)]
-    ceiling = Reference(
-        "grammar's full state", "ceiling", np.array(text.entropy[targets]), np.array(text.best[targets])
+    references, notes = ngrams, {}
+    question = (
+        f"Which word of {Path(own.path).name} comes next?"
+        if own
+        else ("Which word comes next? Verbs and objects depend on a subject up to nine words back, past other nouns.")
     )
+    if not own:
+        targets = slice(parts[2].start + config.window, None, test.stride)  # the words that the test windows ask for
+        entropy, best = np.array(text.entropy[targets]), np.array(text.best[targets])
+        references = [*ngrams, Reference("grammar's full state", "ceiling", entropy, best)]
+        notes = {
+            "cue_distance": np.array(text.distance[targets]),
+            "trigram_score": ngrams[-1].score,
+            "best_score": np.array(text.best_is_said[targets], dtype=float),
+        }
+    seen = np.isin(*(window_codes(split.inputs.numpy(), len(vocabulary) | 1) for split in (test, train)))
     return TaskData(
+        question,
         train,
         validation,
         test,
         arguments=model_arguments(config, vocab_size=len(vocabulary)),
-        decoding={"vocabulary": vocabulary.words},
-        references=[*ngrams, ceiling],
+        decoding={"vocabulary": vocabulary.words, "window": config.window},
+        references=references,
         facts={
             "words": len(ids),
+            "distinct words": len(set(text.words)),
             "vocabulary": len(vocabulary),
+            "test windows": len(test),
             "unknown words in the test split": float((test.targets == 1).float().mean()),
-            "test windows that also occur in training": float(
-                np.mean([tuple(row) in seen for row in test.inputs.tolist()])
-            ),
+            "test windows that also occur in training": float(seen.mean()),
         },
-        notes={
-            "cue_distance": np.array(text.distance[targets]),
-            "trigram_score": ngrams[-1].score,
-            "best_score": np.array(text.best_is_said[targets], dtype=float),
-        },
+        notes=notes,
     )
 
 
+def window_codes(windows: np.ndarray, base: int) -> np.ndarray:
+    """Each row of ids (N, T) below `base` as one number (N,): exact below 2**63, beyond that a hash by overflow."""
+    codes = np.zeros(len(windows), dtype=np.int64)
+    for column in windows.T:
+        codes = codes * base + column
+    return codes
+
+
 class NGram:
-    """Interpolated n-gram model that backs off by Witten-Bell smoothing (Chen & Goodman 1999, eq. 15)."""
+    """Interpolated n-gram model that backs off by Witten-Bell smoothing (Chen & Goodman 1999, eq. 15).
 
-    def __init__(self, ids: Sequence[int], order: int, vocab_size: int) -> None:
-        self.order, self.vocab_size = order, vocab_size
-        self.followers = defaultdict(Counter)  # context, up to order - 1 words -> the words seen after it
+    Contexts are arrays (N, n) of the last n words, n below `order`. What was counted is kept in sorted arrays, which
+    are searched: a table of Python objects would take 100 times the memory of the text.
+    """
+
+    def __init__(self, ids: np.ndarray, order: int, vocab_size: int) -> None:
+        self.order, self.vocab_size, self.levels = order, vocab_size, []
         for n in range(order):
-            for i in range(n, len(ids)):
-                self.followers[tuple(ids[i - n : i])][ids[i]] += 1
-        self.totals = {context: (sum(words.values()), len(words)) for context, words in self.followers.items()}
-        self.memory = {}
+            grams = np.lib.stride_tricks.sliding_window_view(ids, n + 1)
+            grams, counts = np.unique(window_codes(grams, vocab_size), return_counts=True)
+            contexts, starts = np.unique(grams // vocab_size, return_index=True)
+            totals, distinct = np.add.reduceat(counts, starts), np.diff([*starts, len(grams)])
+            self.levels.append({"grams": grams, "counts": counts, "contexts": contexts, "starts": starts})
+            self.levels[n] |= {"totals": totals, "distinct": distinct}
 
-    def probability(self, context: tuple[int, ...], word: int) -> float:
-        """P(word | context), mixing every order down to the uniform distribution."""
-        lower = self.probability(context[1:], word) if context else 1 / self.vocab_size
-        if context not in self.totals:
-            return lower
-        total, distinct = self.totals[context]
-        return (self.followers[context][word] + distinct * lower) / (total + distinct)
+    def probability(self, contexts: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """P(word | context) for each row (N,), mixing every order down to the uniform distribution."""
+        lower = (
+            self.probability(contexts[:, 1:], words) if contexts.shape[1] else np.full(len(words), 1 / self.vocab_size)
+        )
+        level, codes = self.levels[contexts.shape[1]], window_codes(contexts, self.vocab_size)
+        row, known = find(codes, level["contexts"])
+        gram, seen = find(codes * self.vocab_size + words, level["grams"])
+        count, distinct = np.where(seen, level["counts"][gram], 0), level["distinct"][row]
+        return np.where(known, (count + distinct * lower) / (level["totals"][row] + distinct), lower)
 
-    def likeliest(self, context: tuple[int, ...]) -> int:
-        """The word of highest probability: one seen after the context, or the likeliest of a shorter one."""
-        if context not in self.memory:
-            candidates = set(self.followers.get(context, ()))
-            candidates |= {self.likeliest(context[1:])} if context else set()
-            self.memory[context] = max(sorted(candidates), key=lambda word: self.probability(context, word))
-        return self.memory[context]
+    def likeliest(self, contexts: np.ndarray) -> np.ndarray:
+        """The word (N,) of highest probability: one seen after the context, or the likeliest of a shorter one."""
+        n, level = contexts.shape[1], self.levels[contexts.shape[1]]
+        followed, words = np.divmod(level["grams"], self.vocab_size)
+        columns = [followed // self.vocab_size ** (n - 1 - i) % self.vocab_size for i in range(n)]
+        probabilities = self.probability(np.stack(columns, axis=1) if n else np.zeros((len(words), 0), int), words)
+        order = np.lexsort((words, -probabilities, followed))  # within a context, the likeliest first
+        row, known = find(window_codes(contexts, self.vocab_size), level["contexts"])
+        best = words[order[level["starts"]]][row]
+        if not n:
+            return best
+        shorter = self.likeliest(contexts[:, 1:])
+        p_best, p_shorter = self.probability(contexts, best), self.probability(contexts, shorter)
+        better = known & ((p_best > p_shorter) | ((p_best == p_shorter) & (best < shorter)))
+        return np.where(better, best, shorter)
 
     def reference(self, test: CorpusDataset) -> Reference:
-        """How the model does on the windows of `test`."""
-        last = test.inputs[:, test.inputs.shape[1] - self.order + 1 :].tolist()
-        cases = [(tuple(context), word) for context, word in zip(last, test.targets.tolist())]
-        loss = np.array([-math.log(self.probability(context, word)) for context, word in cases])
-        score = np.array([float(self.likeliest(context) == word) for context, word in cases])
-        return Reference({1: "unigram", 2: "bigram", 3: "trigram"}[self.order], "baseline", loss, score)
+        """How the model does on the windows of `test`; an unknown word is never a hit."""
+        window, words = test.inputs.numpy(), test.targets.numpy()
+        contexts = window[:, window.shape[1] - self.order + 1 :]
+        hits = (self.likeliest(contexts) == words) & (words != 1)
+        name = {1: "unigram", 2: "bigram", 3: "trigram"}[self.order]
+        return Reference(name, "baseline", -np.log(self.probability(contexts, words)), hits.astype(float))
+
+
+def find(values: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of `values` (N,) stands in a sorted `table`, and whether it is there: two arrays (N,)."""
+    rows = np.minimum(np.searchsorted(table, values), len(table) - 1)
+    return rows, table[rows] == values
 
 
 # --- series ---------------------------------------------------------------------------
+
+PRONY = (
+    "a sum of K sines obeys a linear recurrence of order 2 K (Prony 1795), so here a linear model is of the right form "
+    "and least squares finds its best weights"
+)
 
 
 def generate_series(config: ForecasterConfig, rng: np.random.Generator) -> np.ndarray:
@@ -731,30 +1001,58 @@ def generate_series(config: ForecasterConfig, rng: np.random.Generator) -> np.nd
     return signal + rng.normal(0, config.noise, config.n_steps)
 
 
+def own_series(own: OwnFile, window: int) -> np.ndarray:
+    """The values (N,) of a user's series, in the order of its rows; raises InputError."""
+    values = parse_series(own_text(own), own.path, own.column)
+    require_enough(len(values), "values", least_length(window), own.path)
+    training = values[three_parts(len(values))[0]]
+    if training.min() == training.max():
+        raise InputError(f"{own.path}: constant over its first {TRAIN_SHARE:.0%}, the training part")
+    if not (np.abs(values).max() < 1e30 and training.std() > 1e-30):
+        raise InputError(f"{own.path}: its values or their differences are beyond 1e30 or 1e-30; choose another unit")
+    return values
+
+
 def build_series(config: ForecasterConfig, seed: int) -> TaskData:
-    """A generated series, cut in three, standardised with the training part's mean and deviation."""
-    values = generate_series(config, random_generator(seed, "series"))
+    """A series, cut in three, standardised with the training part's mean and deviation.
+
+    Raises InputError if a user's file cannot be used.
+    """
+    own = config.own
+    values = own_series(own, config.window) if own else generate_series(config, random_generator(seed, "series"))
     parts = three_parts(len(values))  # cut before windowing: no window straddles a cut
     mean, std = values[parts[0]].mean(), values[parts[0]].std()
     scaled = (values - mean) / std
     train, validation, test = (SeriesDataset(scaled[part], config.window) for part in parts)
-    assert sum(len(split) + config.window for split in (train, validation, test)) == len(values)
-    season, floor = season_of(train), np.full(len(test), config.noise / std)
+    season = season_of(train)
+    references = [
+        forecast_reference("persistence", test.inputs[:, -1, 0].numpy(), test),
+        forecast_reference("seasonal naive", test.inputs[:, -season, 0].numpy(), test),
+        linear_autoregression(train, test),
+    ]
+    facts = {"steps": len(values), "season (steps)": season}
+    question = (
+        f"What is the next value of {Path(own.path).name}?"
+        if own
+        else ("What is the next value of a sum of sines with noise? The noise cannot be predicted.")
+    )
+    if not own:
+        floor = np.full(len(test), config.noise / std)
+        references[-1] = replace(references[-1], remark=PRONY)
+        references.append(Reference("noise", "ceiling", floor**2, floor * math.sqrt(2 / math.pi)))  # E|e|, e normal
+        facts["noise variance"] = config.noise**2
     return TaskData(
+        question,
         train,
         validation,
         test,
         arguments=model_arguments(config, input_dim=1, output_dim=1),
-        decoding={"scaler": {"mean": float(mean), "std": float(std)}},
-        references=[
-            forecast_reference("persistence", test.inputs[:, -1, 0].numpy(), test),
-            forecast_reference("seasonal naive", test.inputs[:, -season, 0].numpy(), test),
-            linear_autoregression(train, test),
-            Reference("noise", "ceiling", floor**2, floor * math.sqrt(2 / math.pi)),  # E|e| of a normal variable
-        ],
-        facts={"steps": len(values), "noise variance": config.noise**2, "season (steps)": season},
+        decoding={"scaler": {"mean": float(mean), "std": float(std)}, "window": config.window},
+        references=references,
+        facts=facts,
         notes={"truth": test.targets[:, 0].numpy()},
         unit=float(std),
+        offset=float(mean),
     )
 
 
@@ -768,7 +1066,9 @@ def season_of(train: SeriesDataset) -> int:
     """The lag within the window, from two steps on, of the best autocorrelation in the training part."""
     rows, targets = train.inputs[:, :, 0].numpy(), train.targets[:, 0].numpy()
     lags = range(2, rows.shape[1] + 1)
-    return max(lags, key=lambda lag: np.corrcoef(rows[:, -lag], targets)[0, 1])
+    with np.errstate(divide="ignore", invalid="ignore"):  # a stretch may be constant
+        correlations = [np.corrcoef(rows[:, -lag], targets)[0, 1] for lag in lags]
+    return lags[int(np.argmax(np.nan_to_num(correlations, nan=-1.0)))]
 
 
 def linear_autoregression(train: SeriesDataset, test: SeriesDataset) -> Reference:
@@ -984,6 +1284,142 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+# --- trained models in use ------------------------------------------------------------
+
+
+def roll_forward(model: nn.Module, windows: Tensor, steps: int) -> Tensor:
+    """Forecasts (B, steps) from windows (B, T, 1) in which each forecast is fed back as the next value."""
+    forecasts = []
+    with evaluating(model):
+        for _ in range(steps):
+            forecasts.append(model(windows))  # (B, 1)
+            windows = torch.cat([windows[:, 1:], forecasts[-1][:, None]], dim=1)
+    return torch.cat(forecasts, dim=1)
+
+
+class Trained:
+    """A trained model and what turns a user's words or values into its input and back; `load_checkpoint` makes it.
+
+    Raises ValueError if model and `decoding` do not belong together. `metrics` are those of the test split.
+    """
+
+    def __init__(self, model: nn.Module, decoding: Mapping, metrics: Mapping[str, float]) -> None:
+        self.model, self.decoding, self.metrics = model.eval(), decoding, metrics
+        if "vocabulary" in decoding:
+            self.vocabulary = Vocabulary(decoding["vocabulary"])
+            size = model.embedding.num_embeddings
+            require(len(self.vocabulary) == size >= 3, f"{len(self.vocabulary)} words for {size} embeddings")
+            require(all(isinstance(word, str) for word in self.vocabulary.words), "a word that is no text")
+
+
+class TrainedClassifier(Trained):
+    """Labels texts."""
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*parts)
+        self.labels, self.max_words = self.decoding["labels"], self.decoding["max_words"]
+        require(len(self.labels) == 2 and self.model.head[0].out_features == 1, "not two labels")
+        require_at_least_one(self, "max_words")
+
+    def predict(self, texts: str | Sequence[str]) -> list[tuple[str | None, float]]:
+        """The likelier label of each text and its probability.
+
+        Words that training did not know count as one and the same unknown word. Of a text longer than the
+        reviews of training the last `max_words` words are read, as in training. A text without any word has
+        no label: None, and a probability of nan.
+        """
+        reviews = [tokenize(text, WORDS)[-self.max_words :] for text in ([texts] if isinstance(texts, str) else texts)]
+        answers = [(None, math.nan)] * len(reviews)
+        read = sorted((i for i, review in enumerate(reviews) if review), key=lambda i: len(reviews[i]))
+        for start in range(0, len(read), 256):
+            rows = read[start : start + 256]
+            ids = ReviewDataset([self.vocabulary.encode(reviews[i]) for i in rows], [0] * len(rows)).inputs
+            with evaluating(self.model):
+                probabilities = self.model(ids)[:, 0].tolist()
+            for i, p in zip(rows, probabilities):
+                answers[i] = (self.labels[1], p) if p > 0.5 else (self.labels[0], 1 - p)
+        return answers
+
+    def answer(self, text: str, _options: argparse.Namespace) -> str:
+        """What the command line prints: label and probability of each line of `text`."""
+        answers = self.predict(text.splitlines() or [""])
+        return "\n".join(f"{'-' if label is None else label}\t{probability:.4f}" for label, probability in answers)
+
+
+class TrainedPredictor(Trained):
+    """Continues texts."""
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*parts)
+        self.window = self.decoding["window"]
+        require_at_least_one(self, "window")
+
+    def logits(self, words: Sequence[str]) -> Tensor:
+        """Logits (V,) of the word that follows `words`, of which the last `window` are read.
+
+        Without any word the beginning of a sentence is assumed. Unknown words count as one and the same.
+        """
+        ids = self.vocabulary.encode(words[-self.window :] or ["."])
+        with evaluating(self.model):
+            logits = self.model(torch.tensor([ids]))[0]
+        logits[:2] = -math.inf  # <pad> and <unk> are no answer
+        return logits
+
+    def predict(self, text: str, n: int = 5) -> list[tuple[str, float]]:
+        """The `n` likeliest next words of the vocabulary with their probabilities among all that it holds."""
+        probabilities, ids = (
+            self.logits(tokenize(text, WORDS_AND_ENDS)).softmax(dim=0).topk(min(n, len(self.vocabulary) - 2))
+        )
+        return [(self.vocabulary.words[i], p) for i, p in zip(ids.tolist(), probabilities.tolist())]
+
+    def continue_text(self, text: str, length: int = 20, temperature: float = 1.0, seed: int = 42) -> str:
+        """The next `length` words, each drawn from the model's probabilities to the power 1 / `temperature`.
+
+        At temperature 0 the likeliest word is taken each time. The same seed gives the same words.
+        """
+        words, generator = tokenize(text, WORDS_AND_ENDS), torch.Generator().manual_seed(seed)
+        start = len(words)
+        for _ in range(length):
+            logits = self.logits(words)
+            scaled = (logits - logits.max()) / max(temperature, 1e-6)  # at 0 all but the likeliest vanish
+            words.append(self.vocabulary.words[torch.multinomial(scaled.softmax(dim=0), 1, generator=generator).item()])
+        return re.sub(r" ([.!?])", r"\1", " ".join(words[start:]))
+
+    def answer(self, text: str, options: argparse.Namespace) -> str:
+        """What the command line prints: the five likeliest next words and a continuation."""
+        likeliest = [f"{word}\t{probability:.4f}" for word, probability in self.predict(text)]
+        continuation = self.continue_text(text, options.length, options.temperature, options.seed)
+        return "\n".join([*likeliest, "", continuation])
+
+
+class TrainedForecaster(Trained):
+    """Continues series."""
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*parts)
+        self.window, scaler = self.decoding["window"], self.decoding["scaler"]
+        self.mean, self.std = float(scaler["mean"]), float(scaler["std"])
+        require_at_least_one(self, "window")
+        require(math.isfinite(self.mean) and 0 < self.std < math.inf, "a scaler that is not finite and positive")
+
+    def predict(self, values: Sequence[float], length: int = 1) -> np.ndarray:
+        """The next `length` values of a series (N,), in its own units; each forecast is fed back for the next.
+
+        Of the series the last `window` values are read; a shorter one is read whole, which is less than the
+        model was trained on. Raises InputError if there is no value or one that is not finite.
+        """
+        values = np.asarray(values, dtype=float)[-self.window :]
+        if not (values.ndim == 1 and len(values) and np.isfinite(values).all()):
+            raise InputError("a series must hold one or more finite values, in one dimension")
+        scaled = torch.as_tensor((values - self.mean) / self.std, dtype=torch.float32)
+        return roll_forward(self.model, scaled[None, :, None], length)[0].double().numpy() * self.std + self.mean
+
+    def answer(self, text: str, options: argparse.Namespace) -> str:
+        """What the command line prints: the next values of the series in a CSV text, as CSV."""
+        forecasts = self.predict(parse_series(text, "the series", options.series_column or ""), options.length)
+        return pd.DataFrame({"step": range(1, len(forecasts) + 1), "value": forecasts}).to_csv(index=False).rstrip()
+
+
 # ======================================================================================
 # 5. Tasks
 # ======================================================================================
@@ -1016,15 +1452,14 @@ class Task:
 
     name: str
     title: str
-    question: str  # what is asked, in a sentence
     models: Mapping[str, type[nn.Module]]
+    in_use: type[Trained]
     build_data: Callable[[object, int], TaskData]  # (the task's configuration, seed)
     loss: Callable[[Tensor, Tensor], Tensor]  # (output, target) -> (B,); its mean is minimised
     score: Callable[[Tensor, Tensor], Tensor]  # (output, target) -> (B,); reported beside the loss
     answer: Callable[[Tensor], Tensor]  # output -> (B,): what the model says, for the record
     metrics: Sequence[Metric]  # the first is the one that the models are judged by
     hard_cases: tuple[str, str, int] | None = None  # (what they are, the note that tells, from which value on)
-    remarks: Mapping[str, str] = field(default_factory=dict)  # why a baseline can win, to follow its name
 
     def measure(self, loss: float, score: float, unit: float = 1.0) -> dict[str, float]:
         """The task's metrics from the means of its loss and its score."""
@@ -1043,8 +1478,8 @@ def binary_hits(output: Tensor, target: Tensor) -> Tensor:
 
 
 def likeliest_hits(output: Tensor, target: Tensor) -> Tensor:
-    """1 where the likeliest class of logits (B, V) is the target (B,): (B,)."""
-    return (output.argmax(dim=1) == target).float()
+    """1 where the likeliest word of logits (B, V) is the target (B,), unless that is the unknown word: (B,)."""
+    return ((output.argmax(dim=1) == target) & (target != 1)).float()
 
 
 def perplexity(loss: float) -> float:
@@ -1057,11 +1492,8 @@ ACCURACY = Metric("accuracy", "accuracy", "score", ".1%", higher_is_better=True)
 CLASSIFIER = Task(
     name="classifier",
     title="Text classification",
-    question=(
-        "Is a film review positive? Opinions are scattered over its whole length, some of them negated, and the "
-        "verdict at its end often misleads."
-    ),
     models={"RNN": RNNClassifier, "LSTM": LSTMClassifier, "GRU": GRUClassifier},
+    in_use=TrainedClassifier,
     build_data=build_reviews,
     loss=partial(per_example, F.binary_cross_entropy),
     score=binary_hits,
@@ -1072,8 +1504,8 @@ CLASSIFIER = Task(
 PREDICTOR = Task(
     name="predictor",
     title="Next-word prediction",
-    question="Which word comes next? Verbs and objects depend on a subject up to nine words back, past other nouns.",
     models={"RNN": RNNPredictor, "LSTM": LSTMPredictor, "GRU": GRUPredictor},
+    in_use=TrainedPredictor,
     build_data=build_corpus,
     loss=partial(per_example, F.cross_entropy),
     score=likeliest_hits,
@@ -1088,8 +1520,8 @@ PREDICTOR = Task(
 FORECASTER = Task(
     name="forecaster",
     title="Time-series forecasting",
-    question="What is the next value of a sum of sines with noise? The noise cannot be predicted.",
     models={"RNN": RNNForecaster, "LSTM": LSTMForecaster, "GRU": GRUForecaster},
+    in_use=TrainedForecaster,
     build_data=build_series,
     loss=partial(per_example, F.mse_loss),
     score=partial(per_example, F.l1_loss),
@@ -1098,10 +1530,6 @@ FORECASTER = Task(
         Metric("mse", "MSE (series units²)", "loss", ".4f", unit_power=2),
         Metric("mae", "MAE (series units)", "score", ".4f", unit_power=1),
     ),
-    remarks={
-        "linear autoregression": ": a sum of K sines obeys a linear recurrence of order 2 K (Prony 1795), so here a "
-        "linear model is of the right form and least squares finds its best weights"
-    },
 )
 TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
 MODEL_NAMES = ("RNN", "LSTM", "GRU")
@@ -1149,6 +1577,11 @@ def as_fetched(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return batch
 
 
+def new_loader(dataset: BatchDataset, batches: Sampler | Sequence[np.ndarray]) -> DataLoader:
+    """Whole batches of `dataset`, in the order of `batches`."""
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=as_fetched)
+
+
 def new_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     """Adam (Kingma & Ba 2015) with the settings of `training`."""
     return torch.optim.Adam(
@@ -1158,24 +1591,24 @@ def new_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer
 
 def train_step(
     model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], training: Training
-) -> tuple[Tensor, Tensor]:
-    """One update; returns the sums of the batch's losses and scores (2,) and the gradient's norm before clipping.
+) -> Tensor:
+    """One update; returns the sums of the batch's losses and scores, and the gradient's norm before clipping (3,).
 
     The batch is worked through in `accumulate_steps` micro-batches. Each adds its share of the batch's mean
     loss to the gradient, so the update is that of the whole batch.
     """
     inputs, targets = batch
     optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros(2, device=inputs.device)
+    losses, scores = [], []
     for x, y in zip(inputs.chunk(training.accumulate_steps), targets.chunk(training.accumulate_steps)):
         output = model(x)
-        losses = task.loss(output, y)
-        (losses.sum() / len(inputs)).backward()
-        with torch.no_grad():
-            sums += torch.stack([losses.sum(), task.score(output, y).sum()])
+        loss = task.loss(output, y).sum()
+        (loss / len(inputs)).backward()
+        losses.append(loss.detach())
+        scores.append(task.score(output.detach(), y).sum())
     norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
     optimizer.step()
-    return sums, norm
+    return torch.stack([sum(losses), sum(scores), norm])
 
 
 def train_epoch(
@@ -1184,7 +1617,6 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     loader: DataLoader,
     training: Training,
-    device: torch.device,
     after_batch: Callable[[], object],
 ) -> tuple[float, float, float]:
     """One pass over the training data; returns mean loss, mean score and mean gradient norm before clipping.
@@ -1192,26 +1624,27 @@ def train_epoch(
     Sums stay on the device until the epoch ends: one transfer an epoch, not three a step.
     """
     model.train()
-    sums, norms = torch.zeros(2, device=device), torch.zeros((), device=device)
-    for inputs, targets in loader:
-        step_sums, norm = train_step(model, task, optimizer, (inputs.to(device), targets.to(device)), training)
-        sums += step_sums
-        norms += norm
+    total = 0
+    for batch in loader:
+        total += train_step(model, task, optimizer, batch, training)
         after_batch()
-    loss, score = (sums / len(loader.dataset)).tolist()
-    return loss, score, norms.item() / len(loader)
+    loss, score, norm = total.tolist()
+    return loss / len(loader.dataset), score / len(loader.dataset), norm / len(loader)
 
 
-def evaluate(
-    model: nn.Module, task: Task, dataset: BatchDataset, device: torch.device, batch_size: int = 512
-) -> dict[str, np.ndarray]:
-    """Loss, score and answer of the model on each example of `dataset`, in its order: three arrays (N,)."""
-    parts = []
+def evaluate(model: nn.Module, task: Task, dataset: BatchDataset, batch_size: int = 512) -> dict[str, np.ndarray]:
+    """Loss, score and answer of the model on each example of `dataset`, in its order: three arrays (N,).
+
+    Batches hold examples of similar length, so that little time goes into padding.
+    """
+    parts, order = [], dataset.lengths.argsort(stable=True)
     with evaluating(model):
-        for inputs, targets in DataLoader(dataset, batch_size, collate_fn=as_fetched):
-            output, target = model(inputs.to(device)), targets.to(device)
+        for rows in order.split(batch_size):
+            inputs, target = dataset.__getitems__(rows)
+            output = model(inputs)
             parts.append((task.loss(output, target), task.score(output, target), task.answer(output)))
-    return {name: torch.cat(part).cpu().numpy() for name, part in zip(("loss", "score", "answer"), zip(*parts))}
+    places = order.argsort()
+    return {name: torch.cat(part).cpu()[places].numpy() for name, part in zip(("loss", "score", "answer"), zip(*parts))}
 
 
 def train_and_validate(
@@ -1221,13 +1654,12 @@ def train_and_validate(
     optimizer: torch.optim.Optimizer,
     loader: DataLoader,
     training: Training,
-    device: torch.device,
     after_batch: Callable[[], object],
 ) -> dict:
     """One epoch and what there is to say of it: the row of the history that `fit` describes, less its number."""
     start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-    loss, score, norm = train_epoch(model, task, optimizer, loader, training, device, after_batch)
-    validation = evaluate(model, task, data.validation, device)
+    loss, score, norm = train_epoch(model, task, optimizer, loader, training, after_batch)
+    validation = evaluate(model, task, data.validation)
     val_loss, val_score = float(validation["loss"].mean()), float(validation["score"].mean())
     return {
         "learning_rate": rate,
@@ -1244,12 +1676,12 @@ def fit(
     data: TaskData,
     training: Training,
     seed: int,
-    device: torch.device,
     after_epoch: Callable[[dict], object] = lambda row: None,
     after_batch: Callable[[], object] = lambda: None,
 ) -> list[dict]:
     """Train until the validation loss stops falling; leaves the best epoch's weights in `model`.
 
+    Model and data must be on the same device.
     Returns the history, a row per epoch: `epoch`, `learning_rate`, `gradient_norm` (mean, before clipping),
     `seconds`, and under `train` and `validation` the loss and the task's metrics. Training metrics are running
     means over the epoch, with dropout on. Raises TrainingDiverged when a loss is not finite.
@@ -1260,10 +1692,10 @@ def fit(
         optimizer, factor=training.lr_factor, patience=training.lr_patience
     )
     batches = LengthBuckets(data.train.lengths, training.batch_size, random_generator(seed, "batches"))
-    loader = DataLoader(data.train, batch_sampler=batches, collate_fn=as_fetched)
+    loader = new_loader(data.train, batches)
     stopper, history, best_weights = EarlyStopping(training.patience), [], {}
     for epoch in range(1, training.epochs + 1):
-        row = train_and_validate(model, task, data, optimizer, loader, training, device, after_batch)
+        row = train_and_validate(model, task, data, optimizer, loader, training, after_batch)
         val_loss = row["validation"]["loss"]
         if not math.isfinite(row["train"]["loss"] + val_loss):
             raise TrainingDiverged(
@@ -1285,53 +1717,122 @@ def fit(
 # 7. Runs
 # ======================================================================================
 
-RECORD_FORMAT = 1  # of records and checkpoints
+RECORD_FORMAT = 2  # of records and checkpoints
 MATCHED = "-matched"  # marks a model whose recurrent parameters match the LSTM's
+HOST = platform.node().replace(".", "-")
+Job = tuple[str, str, int]  # one run: task, model, seed
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it becomes `path` if the block succeeds and vanishes if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is whole or absent, whatever happens: temporary name, flush, rename."""
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete the temporary files of processes of this machine that were killed while they wrote."""
+    for path in [*output_dir.glob(".*.tmp"), *output_dir.glob("*/.*.tmp")]:
+        *_, host, pid, _ = path.name.rsplit(".", 3)
+        if host == HOST and (int(pid) == os.getpid() or not is_running(int(pid))):
+            path.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process; True where that cannot be asked without harm."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class Reporter:
+    """Tells how far a run has come: the number of batches a few times a second, and every epoch's row."""
+
+    def __init__(self, tell: Callable[[int, dict | None], object]) -> None:
+        self.tell, self.batches, self.last = tell, 0, 0.0
+
+    def after_batch(self) -> None:
+        """Count a batch."""
+        self.batches += 1
+        if time.monotonic() - self.last > 0.2:
+            self.last = time.monotonic()
+            self.tell(self.batches, None)
+
+    def after_epoch(self, row: dict) -> None:
+        """Pass on an epoch's row of the history."""
+        self.tell(self.batches, row)
 
 
 class Progress:
-    """What the user sees of a run: a bar in a terminal, one plain line per epoch elsewhere."""
+    """What the user sees: a bar for everything, with the time left, above one for each run that is being trained.
 
-    position = 0  # the terminal line of this process's bar; worker processes have one each
+    `expected` holds the seconds and the number of batches of each run if it goes through all its epochs. Where
+    there is neither a terminal nor a notebook, there is a line per epoch instead.
+    """
 
-    def __init__(self, label: str, task: Task, epochs: int, batches: int) -> None:
-        self.label, self.task, self.epochs = label, task, epochs
-        self.bar = tqdm(
-            total=epochs * batches, desc=label, unit="batch", position=self.position, disable=not sys.stderr.isatty()
-        )
+    def __init__(self, expected: Mapping[Job, tuple[float, int]], slots: int) -> None:
+        notebook = any(parent.__module__ == "tqdm.notebook" for parent in tqdm.__mro__)
+        self.expected, self.finished, self.running = expected, 0.0, {}  # running: seconds' worth done, by slot
+        bar = partial(tqdm, disable=not (notebook or sys.stderr.isatty()), leave=False, dynamic_ncols=True)
+        everything = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
+        one_run = "{desc:<24.24}{percentage:3.0f}%|{bar:12}|{postfix}"
+        total = sum(seconds for seconds, _ in expected.values())
+        self.overall = bar(total=total, desc="all runs", bar_format=everything, position=0)
+        self.bars = [bar(total=1, bar_format=one_run, position=slot + 1) for slot in range(slots)]
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.bar.close()
+        for bar in (*self.bars, self.overall):
+            bar.close()
 
-    def after_batch(self) -> None:
-        """Move the bar."""
-        self.bar.update()
-
-    def after_epoch(self, row: Mapping) -> None:
-        """Show the epoch's losses and the task's first metric, on the training and the validation split."""
-        names = dict.fromkeys(["loss", self.task.metrics[0].name])
-        values = ", ".join(f"{name} {row['train'][name]:.4f}/{row['validation'][name]:.4f}" for name in names)
-        if not self.bar.disable:
-            self.bar.set_postfix_str(f"train/val {values}")
+    def update(self, slot: int, job: Job, batches: int, row: Mapping | None) -> None:
+        """Show that a run has come to `batches` batches, and the row of an epoch that it has ended."""
+        seconds, total = self.expected[job]
+        self.running[slot] = seconds * batches / total
+        if self.overall.disable:
+            if row:
+                print(epoch_line(job, row), file=sys.stderr, flush=True)
             return
-        epoch = f"{self.label}  epoch {row['epoch']:2d}/{self.epochs}"
-        end = f"rate {row['learning_rate']:.2g}  {row['seconds']:.1f} s"
-        print(f"{epoch}  train/val {values}  {end}", file=sys.stderr, flush=True)
+        bar, label = self.bars[slot], "{} {} seed {}".format(*job)
+        if row:
+            bar.set_postfix_str(f"epoch {row['epoch']}, validation loss {row['validation']['loss']:.4f}", refresh=False)
+        elif bar.desc != label:
+            bar.set_description_str(label, refresh=False)
+            bar.set_postfix_str("", refresh=False)
+        bar.n, bar.total, self.overall.n = batches, total, self.finished + sum(self.running.values())
+        bar.refresh()
+        self.overall.refresh()
+
+    def finish(self, slot: int, job: Job) -> None:
+        """Count a run as done, however early it stopped."""
+        self.finished += self.expected[job][0]
+        self.update(slot, job, self.expected[job][1], None)
+        self.running[slot] = 0.0
+
+
+def epoch_line(job: Job, row: Mapping) -> str:
+    """An epoch's row of the history, for a log."""
+    names = dict.fromkeys(["loss", TASKS[job[0]].metrics[0].name])
+    values = ", ".join(f"{name} {row['train'][name]:.4f}/{row['validation'][name]:.4f}" for name in names)
+    epoch = "{} {} seed {}  epoch {:2d}".format(*job, row["epoch"])
+    return f"{epoch}  train/val {values}  rate {row['learning_rate']:.2g}  {row['seconds']:.1f} s"
 
 
 def run_name(task: str, model: str, seed: int) -> str:
@@ -1366,53 +1867,82 @@ def build_model(task: Task, name: str, arguments: Mapping, seed: int) -> tuple[n
     return model_class(**arguments), dict(arguments)
 
 
-def train_run(
-    task: Task, model_name: str, seed: int, config: object, data: TaskData, device: torch.device, output_dir: Path
-) -> None:
-    """Train and test one model on one seed's data; leaves its record and its checkpoint in `output_dir`.
+def settings(config: object) -> dict:
+    """A configuration as its record holds it; of a user's file the name and the content, not the place."""
+    values = json.loads(json.dumps(asdict(config)))  # tuples are lists in a record
+    if values["own"]:
+        values["own"]["path"] = Path(values["own"]["path"]).name
+    return values
 
-    The test split is opened when the best validation weights are back: nothing is chosen by it. Raises
-    TrainingDiverged.
+
+@lru_cache(maxsize=1)
+def cached_data(task_name: str, config: object, seed: int) -> TaskData:
+    """A seed's data, kept for the next model of the same seed."""
+    return TASKS[task_name].build_data(config, seed)
+
+
+def train_run(
+    job: Job,
+    tell: Callable[[int, dict | None], object],
+    config: Config,
+    device: torch.device,
+    output_dir: Path,
+    costs: Mapping[str, Mapping[str, Mapping]],
+    evidence: Callable[[Task, nn.Module, nn.Module, TaskData], dict],
+) -> None:
+    """Train and test one model on one seed's data; leaves its checkpoint and its record in `output_dir`.
+
+    The test split is opened when the best validation weights are back: nothing is chosen by it. `costs` (by task
+    and model) and what `evidence` finds out about the trained and the initial model go into the record, so that
+    the report needs no model. Raises TrainingDiverged.
     """
+    task, model_name, seed = TASKS[job[0]], *job[1:]
+    own_config = getattr(config, task.name)
+    data = cached_data(task.name, own_config, seed).to(device)
     model, arguments = build_model(task, model_name, data.arguments, seed)
-    model.to(device)
-    batches = math.ceil(len(data.train) / config.training.batch_size)
-    with Progress(f"{task.name} {model_name} seed {seed}", task, config.training.epochs, batches) as progress:
-        history = fit(model, task, data, config.training, seed, device, progress.after_epoch, progress.after_batch)
-    examples = evaluate(model, task, data.test, device)
-    loss, score = float(examples["loss"].mean()), float(examples["score"].mean())
-    sample = data.train.inputs[:2].to(device)
+    reporter = Reporter(tell)
+    history = fit(model.to(device), task, data, own_config.training, seed, reporter.after_epoch, reporter.after_batch)
+    examples = evaluate(model, task, data.test)
+    initial = build_model(task, model_name, data.arguments, seed)[0].to(device)
     record = {
         "format": RECORD_FORMAT,
         "task": task.name,
         "model": model_name,
         "seed": seed,
-        "configuration": asdict(config),
+        "question": data.question,
+        "configuration": settings(own_config),
         "environment": environment(device),
         "parameters": count_parameters(model),
-        "layers": describe(model, sample),
-        "input_shape": list(sample.shape[1:]),
+        "layers": describe(model, data.train.inputs[:2]),
+        "input_shape": list(data.train.inputs.shape[1:]),
         "history": history,
-        "test": {"loss": loss} | task.measure(loss, score, data.unit),
+        "test": measured(task, examples["loss"], examples["score"], data.unit),
         "references": [
-            {"name": r.name, "kind": r.kind} | task.measure(float(r.loss.mean()), float(r.score.mean()), data.unit)
+            {"name": r.name, "kind": r.kind, "remark": r.remark} | measured(task, r.loss, r.score, data.unit)
             for r in data.references
         ],
         "facts": dict(data.facts),
-        "decoding": {name: value for name, value in data.decoding.items() if name == "scaler"},
         "unit": data.unit,
+        "offset": data.offset,
         "examples": {name: np.round(values, 6).tolist() for name, values in {**examples, **data.notes}.items()},
+        "cost": dict(costs[task.name][model_name]),
+        "evidence": evidence(task, model, initial, data),
     }
-    name = run_name(task.name, model_name, seed)
+    name = run_name(*job)
     save_checkpoint(output_dir / "models" / f"{name}.pt", model, arguments, record, data)
-    write_record(output_dir, record)
+    text = json.dumps(record | {"checksum": checksum(record)})
+    write_whole(output_dir / "runs" / f"{name}.json", text)
 
 
-def write_record(output_dir: Path, record: Mapping) -> None:
-    """Put a run's record on disk."""
-    name = run_name(record["task"], record["model"], record["seed"])
-    with whole_file(output_dir / "runs" / f"{name}.json") as path:
-        path.write_text(json.dumps(record), encoding="utf-8")
+def measured(task: Task, loss: np.ndarray, score: np.ndarray, unit: float) -> dict[str, float]:
+    """Mean loss and the task's metrics from a loss and a score per example (N,)."""
+    means = float(loss.mean()), float(score.mean())
+    return {"loss": means[0]} | task.measure(*means, unit)
+
+
+def checksum(record: Mapping) -> str:
+    """A digest by which a damaged record is told from a whole one."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -1438,78 +1968,139 @@ def save_checkpoint(path: Path, model: nn.Module, arguments: Mapping, record: Ma
         "decoding": dict(data.decoding),
         "metrics": record["test"],
     }
-    with whole_file(path) as temporary:
-        torch.save(checkpoint, temporary)
+    torch.save(checkpoint, content := io.BytesIO())
+    write_whole(path, content.getvalue())
 
 
-def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
-    """The model saved at `path`, on the CPU and in evaluation mode, and the checkpoint it came in."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model_class = TASKS[checkpoint["task"]].models[base_name(checkpoint["model"])]
-    model = model_class(**checkpoint["arguments"])
-    model.load_state_dict(checkpoint["weights"])
-    return model.eval(), checkpoint
+def load_checkpoint(path: str | Path) -> Trained:
+    """The model saved at `path`, on the CPU and ready to `predict`; raises InputError.
 
-
-@lru_cache(maxsize=1)
-def cached_data(task_name: str, config: object, seed: int) -> TaskData:
-    """A seed's data, kept for the next model of the same seed."""
-    return TASKS[task_name].build_data(config, seed)
-
-
-def train_job(job: tuple[str, str, int], config: Config, device: torch.device, output_dir: Path) -> None:
-    """One run, (task, model, seed), in whichever process this is; gives back what it held."""
-    task_name, model_name, seed = job
-    task_config = getattr(config, task_name)
-    data = cached_data(task_name, task_config, seed)
-    train_run(TASKS[task_name], model_name, seed, task_config, data, device, output_dir)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def start_worker(lock: object, count: object, device: torch.device) -> None:
-    """Set up a worker process: one thread, a line of its own for its bar, Ctrl-C left to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    prepare_device(device)
-    tqdm.set_lock(lock)
-    with count.get_lock():
-        Progress.position = count.value
-        count.value += 1
-
-
-def run_all(
-    tasks: Sequence[str],
-    models: Sequence[str],
-    seeds: Sequence[int],
-    config: Config,
-    device: torch.device,
-    output_dir: Path,
-    workers: int = 1,
-) -> None:
-    """Every run of tasks x seeds x models, task by task, `workers` at a time; each is on disk when it ends.
-
-    A run does not depend on the number of workers. If one fails the others are ended, and its error raised.
+    No code in the file is run: torch reads tensors and plain values only, and what it read must be of the form
+    that `save_checkpoint` gives it before a model is made of it.
     """
-    train_one = partial(train_job, config=config, device=device, output_dir=output_dir)
-    longest_first = sorted(models, key=lambda model: base_name(model) == "RNN")  # so that no core idles at the end
-    jobs = [(task, model, seed) for task in tasks for seed in seeds for model in longest_first]
-    if workers == 1:
-        for job in jobs:
-            train_one(job)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    setup = (spawn.RLock(), spawn.Value("i", 0), device)
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), spawn, start_worker, setup)
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; trained models are in the folder 'models' of an output directory")
     try:
-        for done in as_completed([pool.submit(train_one, job) for job in jobs]):
-            done.result()
-    except BaseException:
-        for child in multiprocessing.active_children():
-            child.terminate()
-        raise
+        return trained_from(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a foreign or damaged file can make torch stumble over anything
+        reason = str(error).partition("\n")[0][:120] or type(error).__name__
+        raise InputError(f"{path}: not a model that this script can use ({reason})") from error
+
+
+def trained_from(checkpoint: Mapping) -> Trained:
+    """The model in a checkpoint's content; raises an error of any kind if that is not what it must be."""
+    found = checkpoint["format"]
+    require(found == RECORD_FORMAT, f"its format is {found!r}, this script's is {RECORD_FORMAT}; train it again")
+    task, weights, arguments = TASKS[checkpoint["task"]], checkpoint["weights"], checkpoint["arguments"]
+    require(arguments["n_layers"] <= 100, "more than 100 layers")
+    with torch.device("meta"):  # takes no memory, so that sizes which the weights do not have do no harm
+        model = task.models[base_name(checkpoint["model"])](**arguments)
+    expected = {name: (weight.shape, weight.dtype) for name, weight in model.state_dict().items()}
+    require(expected == {name: (w.shape, w.dtype) for name, w in weights.items()}, "its weights do not fit its model")
+    require(all(weight.isfinite().all() for weight in weights.values()), "its weights are not finite")
+    model.load_state_dict(weights, assign=True)
+    return task.in_use(model, checkpoint["decoding"], checkpoint["metrics"])
+
+
+# --- many runs ------------------------------------------------------------------------
+
+
+def run_here(jobs: Sequence[Job], train_one: Callable, progress: Progress) -> dict[Job, str]:
+    """Train one run after the other in this process; returns what went wrong, by run."""
+    failures = {}
+    for job in jobs:
+        try:
+            train_one(job, partial(progress.update, 0, job))
+        except (RuntimeError, MemoryError) as error:  # diverged, or out of memory
+            failures[job] = describe_failure(error)
+        progress.finish(0, job)
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    return failures
+
+
+def describe_failure(error: BaseException) -> str:
+    """An error in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def work(connection: Connection, train_one: Callable, device: torch.device) -> None:
+    """The life of a worker process: train the runs that come through `connection`, tell what becomes of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    prepare_device(device)
+    with suppress(EOFError, ConnectionError):  # the parent is gone
+        for job in iter(connection.recv, None):
+            try:
+                train_one(job, lambda *news: connection.send(news))
+                error = None
+            except Exception as failure:  # for the parent to judge
+                error = failure
+            connection.send((None, error))
+            gc.collect()
+
+
+def run_in_workers(
+    jobs: Sequence[Job], train_one: Callable, progress: Progress, device: torch.device, workers: int
+) -> dict[Job, str]:
+    """Train `workers` runs at a time, each in a process of its own; returns what went wrong, by run.
+
+    The processes are kept for the next runs. One that dies fails the run that it had, and is replaced. All have
+    ended when this returns or raises.
+    """
+    spawn, waiting, crew, failures = multiprocessing.get_context("spawn"), deque(jobs), {}, {}
+    free = list(range(workers))[::-1]
+    try:
+        while waiting or crew:
+            while waiting and free:
+                connection, theirs = spawn.Pipe()
+                process = spawn.Process(target=work, args=(theirs, train_one, device), daemon=True)
+                process.start()
+                theirs.close()
+                crew[connection] = process, free.pop(), hand_out(waiting, connection)
+            for connection in wait_for_any(list(crew)):
+                process, slot, job = crew[connection]
+                try:
+                    batches, news = connection.recv()
+                except (EOFError, ConnectionError):  # it has ended, as told to or not
+                    process.join()
+                    del crew[connection]
+                    free.append(slot)
+                    if job:
+                        failures[job] = f"its process ended with status {process.exitcode}; killed, or out of memory?"
+                        progress.finish(slot, job)
+                    continue
+                if batches is not None:
+                    progress.update(slot, job, batches, news)
+                    continue
+                if isinstance(news, (RuntimeError, MemoryError)):  # diverged, or out of memory
+                    failures[job] = describe_failure(news)
+                elif news:
+                    raise news
+                progress.finish(slot, job)
+                crew[connection] = process, slot, hand_out(waiting, connection)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process, *_ in crew.values():
+            process.kill()
+            process.join()
+    return failures
+
+
+def hand_out(waiting: deque[Job], connection: Connection) -> Job | None:
+    """Give a worker the next run, or None, which ends it."""
+    job = waiting.popleft() if waiting else None
+    with suppress(ConnectionError):  # a worker that has just died is noticed when it is listened to
+        connection.send(job)
+    return job
+
+
+def read_record(path: Path) -> dict:
+    """A run's record; raises ValueError, KeyError or TypeError if the file does not hold a whole one."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    stated = record.pop("checksum")
+    require(record["format"] == RECORD_FORMAT and stated == checksum(record), "not a whole record")
+    require(path.stem == run_name(record["task"], record["model"], record["seed"]), "the record of another run")
+    return record
 
 
 def read_records(output_dir: Path, config: Config) -> list[dict]:
@@ -1517,12 +2108,12 @@ def read_records(output_dir: Path, config: Config) -> list[dict]:
     records = []
     for path in (output_dir / "runs").glob("*.json"):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            wanted = json.loads(json.dumps(asdict(getattr(config, record["task"]))))  # tuples are lists in a record
-            if record["format"] == RECORD_FORMAT and record["configuration"] == wanted:
-                records.append(record)
+            record = read_record(path)
         except (ValueError, KeyError, TypeError, AttributeError):
-            print(f"{path} is not the record of a run; it is left out", file=sys.stderr)
+            print(f"{path} is not the whole record of a run of this version; it is left out", file=sys.stderr)
+            continue
+        if record["configuration"] == settings(getattr(config, record["task"])):
+            records.append(record)
     order = {name: i for i, name in enumerate([*TASKS, *MODEL_NAMES])}
     return sorted(
         records, key=lambda r: (order[r["task"]], r["model"].endswith(MATCHED), order[base_name(r["model"])], r["seed"])
@@ -1533,6 +2124,7 @@ def read_records(output_dir: Path, config: Config) -> list[dict]:
 # 8. Evidence
 # ======================================================================================
 
+COST_COLUMNS = ("ms_per_step", "samples_per_second", "activation_bytes", "kernel")
 CSV_METRICS = ("accuracy", "loss", "mse", "mae")
 
 
@@ -1608,46 +2200,60 @@ def bootstrap_means(values: Sequence[np.ndarray], rng: np.random.Generator, resa
 
 
 def measure_costs(
-    task: Task, models: Sequence[str], config: object, device: torch.device, steps: int = 7
+    task: Task,
+    models: Sequence[str],
+    config: object,
+    data: TaskData,
+    device: torch.device,
+    steps: int = 3,
+    rounds: int = 3,
 ) -> dict[str, dict]:
-    """What a training step of each model costs; the models take turns on the same batches.
+    """What a training step of each model costs, in the script's own loop and in the barest one possible.
 
-    The time is the median over the steps after a warm-up of two; the activations are those of a full batch.
+    The models and the two loops take turns on the same `steps` batches, once to warm up and then `rounds` times;
+    the medians count. The overhead is what the script's loop takes beyond the bare one, as a share. The
+    activations are those of a full batch.
     """
-    data = task.build_data(config, 0)
+    data = data.to(device)
     batches = LengthBuckets(data.train.lengths, config.training.batch_size, random_generator(0, "costs"))
-    batches = [tuple(t.to(device) for t in data.train.__getitems__(rows)) for rows in cycled(batches, steps + 2)]
-    contenders = {}
+    batches = cycled(batches, steps)
+    loader, ready = new_loader(data.train, batches), [data.train.__getitems__(rows) for rows in batches]
+    contenders, seconds, costs = {}, defaultdict(list), {}
     for name in models:
         model = build_model(task, name, data.arguments, 0)[0].to(device)
         contenders[name] = model, new_optimizer(model, config.training)
-    seconds = defaultdict(list)
-    for batch in batches:
+    for _ in range(1 + rounds):
         for name, (model, optimizer) in contenders.items():
             start = time.perf_counter()
-            train_step(model, task, optimizer, batch, config.training)[0].tolist()  # waits for the device
-            seconds[name].append(time.perf_counter() - start)
-    costs = {}
+            bare_epoch(model, task, optimizer, ready)
+            middle = time.perf_counter()
+            train_epoch(model, task, optimizer, loader, config.training, lambda: None)
+            seconds[name].append((middle - start, time.perf_counter() - middle))
     for name, (model, _) in contenders.items():
-        median = float(np.median(seconds[name][2:]))
+        times = np.array(seconds[name][1:]) / steps
+        bare, own = np.median(times, axis=0)
         costs[name] = {
-            "ms_per_step": round(1000 * median, 2),
-            "samples_per_second": round(len(batches[0][0]) / median),
-            "activation_bytes": activation_bytes(model, task, batches[0]),
-            "kernel": kernel_name(model, batches[0][0]),
+            "ms_per_step": round(1000 * own, 2),
+            "samples_per_second": round(len(batches[0]) / own),
+            "bare_ms_per_step": round(1000 * bare, 2),
+            "bare_samples_per_second": round(len(batches[0]) / bare),
+            "overhead": round(float(np.median(times[:, 1] / times[:, 0])) - 1, 4),
+            "activation_bytes": activation_bytes(model, task, ready[0]),
+            "kernel": kernel_name(model, ready[0][0]),
         }
     return costs
 
 
-def add_costs(records: Sequence[dict], config: Config, device: torch.device, output_dir: Path) -> None:
-    """Measure the costs of all models of a task together, where a record does not hold them yet."""
-    for task in tasks_in(records):
-        own = of_task(records, task)
-        if any("cost" not in record for record in own):
-            costs = measure_costs(task, models_in(own), getattr(config, task.name), device)
-            for record in own:
-                record["cost"] = costs[record["model"]]
-                write_record(output_dir, record)
+def bare_epoch(
+    model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, batches: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """The least that training is: forward, backward and step on batches that are ready."""
+    for inputs, targets in batches:
+        optimizer.zero_grad(set_to_none=True)
+        loss = task.loss(model(inputs), targets).mean()
+        loss.backward()
+        optimizer.step()
+    loss.item()  # waits for the device
 
 
 def cycled(batches: LengthBuckets, count: int) -> list[np.ndarray]:
@@ -1685,13 +2291,13 @@ def kernel_name(model: nn.Module, inputs: Tensor) -> str:
 # --- gradient flow and free-running forecasts ------------------------------------------
 
 
-def gradient_by_step(model: nn.Module, task: Task, data: TaskData, device: torch.device, n: int = 64) -> list[float]:
+def gradient_by_step(model: nn.Module, task: Task, data: TaskData, n: int = 64) -> list[float]:
     """Size of the loss's gradient with respect to the embedded input, by steps back from the last word.
 
     Mean over the `n` longest test reviews of the Euclidean norm; as many steps as the shortest of them has.
     """
     rows = data.test.lengths.topk(min(n, len(data.test))).indices
-    inputs, targets = (part.to(device) for part in data.test.__getitems__(rows))
+    inputs, targets = data.test.__getitems__(rows)
     embedded = []
     hook = model.embedding.register_forward_hook(lambda _module, _inputs, output: embedded.append(output))
     model.train()  # cuDNN goes backward in training mode only
@@ -1704,23 +2310,16 @@ def gradient_by_step(model: nn.Module, task: Task, data: TaskData, device: torch
     return sizes.gather(1, back).mean(dim=0).tolist()
 
 
-def free_running(
-    model: nn.Module, task: Task, data: TaskData, device: torch.device, horizon: int = 120, stride: int = 10
-) -> dict:
+def free_running(model: nn.Module, task: Task, data: TaskData, horizon: int = 120, stride: int = 10) -> dict:
     """Forecasts of `horizon` steps in which each prediction is fed back, from every `stride`-th test window.
 
     Returns the first of them and its truth, standardised, and the mean squared error by horizon, in the
     units of the series squared.
     """
-    horizon = min(horizon, len(data.test) // 2)
-    windows = data.test.inputs[: len(data.test) - horizon + 1 : stride].to(device)  # (O, T, 1)
+    horizon = min(horizon, max(len(data.test) // 2, 1))
+    windows = data.test.inputs[: len(data.test) - horizon + 1 : stride]  # (O, T, 1)
     truth = data.test.targets[:, 0].unfold(0, horizon, stride)  # (O, horizon)
-    steps = []
-    with evaluating(model):
-        for _ in range(horizon):
-            steps.append(model(windows))  # (O, 1)
-            windows = torch.cat([windows[:, 1:], steps[-1][:, None]], dim=1)
-    forecasts = torch.cat(steps, dim=1).cpu()  # (O, horizon)
+    forecasts = roll_forward(model, windows, horizon)  # (O, horizon)
     errors = ((forecasts - truth) ** 2).mean(dim=0) * data.unit**2
     return {"forecast": forecasts[0].tolist(), "truth": truth[0].tolist(), "mse": errors.tolist()}
 
@@ -1732,21 +2331,10 @@ EVIDENCE = {  # task: name of a measurement -> the measurement, and the model it
 }
 
 
-def add_evidence(records: Sequence[dict], config: Config, device: torch.device, output_dir: Path) -> None:
-    """Measure what the records do not yet hold, on the saved models, and write it into them."""
-    missing = [record for record in records if EVIDENCE[record["task"]].keys() - record.get("evidence", {}).keys()]
-    for record in sorted(missing, key=lambda r: (r["task"], r["seed"])):
-        task, name, seed = TASKS[record["task"]], record["model"], record["seed"]
-        data = cached_data(task.name, getattr(config, task.name), seed)
-        models = {
-            "trained": load_checkpoint(output_dir / "models" / f"{run_name(task.name, name, seed)}.pt")[0],
-            "initial": build_model(task, name, data.arguments, seed)[0],
-        }
-        record["evidence"] = {
-            what: measure(models[which].to(device), task, data, device)
-            for what, (measure, which) in EVIDENCE[task.name].items()
-        }
-        write_record(output_dir, record)
+def measure_evidence(task: Task, trained: nn.Module, initial: nn.Module, data: TaskData) -> dict:
+    """All measurements of the task's models beside their scores."""
+    models = {"trained": trained, "initial": initial}
+    return {what: measure(models[which], task, data) for what, (measure, which) in EVIDENCE[task.name].items()}
 
 
 # ======================================================================================
@@ -1839,6 +2427,8 @@ def performance_table(records: Sequence[Mapping], task: Task) -> pd.DataFrame:
             run, row["gap closed"] = runs.get_group(name), gap_closed(first.loc[name, "mean"], baselines, ceiling)
             row |= {"best epoch": f"{run['best_epoch'].mean():.1f}", "seconds": f"{run['seconds'].mean():.1f}"}
         rows.append(row)
+    if ceiling.empty:
+        rows.append({"": "best possible", "kind": "ceiling"} | {m.name: "unknown" for m in task.metrics})
     return pd.DataFrame(rows).fillna("")
 
 
@@ -1867,7 +2457,7 @@ def costs_table(records: Sequence[Mapping]) -> pd.DataFrame:
             "model": record["model"],
             "parameters": sum(record["parameters"].values()),
             "recurrent_parameters": record["parameters"]["recurrent"],
-            **record["cost"],
+            **{name: record["cost"][name] for name in COST_COLUMNS},
         }
         for record in one_per_model(records)
     )
@@ -1893,12 +2483,14 @@ def findings(records: Sequence[Mapping], task: Task, comparisons: pd.DataFrame) 
     scores = scores_table(own)
     scores = scores[scores["metric"] == metric.name].set_index("name")
     models, baselines = (scores[scores["kind"] == kind]["mean"] for kind in ("model", "baseline"))
+    remarks = {reference["name"]: reference["remark"] for reference in own[0]["references"]}
     for name, value in baselines.items():
         beaten = [model for model, own_value in models.items() if metric.better(value, own_value)]
         if beaten:
-            sentences.append(f"The baseline {name} does better than {', '.join(beaten)}{task.remarks.get(name, '')}.")
-    if task.hard_cases:
-        what, note, least = task.hard_cases
+            reason = f": {remarks[name]}" if remarks[name] else ""
+            sentences.append(f"The baseline {name} does better than {', '.join(beaten)}{reason}.")
+    what, note, least = task.hard_cases or ("", "", 0)
+    if note in own[0]["examples"]:  # generated data only: of a user's nobody knows
         marked = [{**r, "examples": r["examples"] | {"hard": np.array(r["examples"][note]) >= least}} for r in own]
         shares = {name: accuracy_by(runs, "hard").get(True, math.nan) for name, runs in by_model(marked)}
         sentences.append(f"Accuracy on {what}: {listed(shares, '.1%')}.")
@@ -1938,13 +2530,15 @@ def task_text(records: Sequence[Mapping], task: Task, comparisons: pd.DataFrame)
     own = of_task(records, task)
     seeds = ", ".join(str(seed) for seed in sorted({r["seed"] for r in own}))
     facts = [
-        f"{name} {f'{value:,}' if value == int(value) else f'{value:.3g}'}" for name, value in own[0]["facts"].items()
+        f"{name} {value:,}" if value == int(value) else f"{name} {value:.3g}" for name, value in own[0]["facts"].items()
     ]
+    source = own[0]["configuration"]["own"]
+    origin = f"{source['path']} (SHA-256 {source['digest'][:12]}...)" if source else "the generated data"
     sentences = "\n".join(f"- {sentence}" for sentence in findings(records, task, comparisons))
     return (
-        f"## {task.title}\n\n{task.question}\n\n{markdown(performance_table(records, task))}\n\n"
+        f"## {task.title}\n\n{own[0]['question']}\n\n{markdown(performance_table(records, task))}\n\n"
         f"Test split, mean ± standard deviation over the seeds {seeds}.\n\n{sentences}\n\n"
-        f"Data of seed {own[0]['seed']}: {', '.join(facts)}.\n"
+        f"Of {origin}, seed {own[0]['seed']}: {', '.join(facts)}.\n"
     )
 
 
@@ -1954,9 +2548,10 @@ def summary_text(records: Sequence[Mapping], comparisons: pd.DataFrame) -> str:
     values = {name: sorted({str(environment[name]) for environment in environments}) for name in environments[0]}
     parts = [
         "# RNN, LSTM and GRU: results\n",
-        "The same training for a vanilla RNN, an LSTM and a GRU, on data generated from each seed. A ceiling is the "
-        "best that is possible on such data; gap closed is how much of the way from the best baseline to the ceiling "
-        "a model has come, negative if it does worse than that baseline. Brackets hold 95 % intervals of the paired "
+        "The same training for a vanilla RNN, an LSTM and a GRU. Each seed draws its own data; of a user's file it "
+        "draws the splits of the reviews, while a text or a series is always cut at the same places. A ceiling is the "
+        "best that is possible on generated data; gap closed is how much of the way from the best baseline to it a "
+        "model has come, negative if it does worse than that baseline. Brackets hold 95 % intervals of the paired "
         "difference of two models, from a hierarchical bootstrap over seeds and test examples; of three seeds they "
         "are rough, and rather too narrow. Seconds are those of a run's training, with other runs beside it.\n",
         *(task_text(records, task, comparisons) for task in tasks_in(records)),
@@ -2009,11 +2604,10 @@ def forecasts_figure(records: Sequence[Mapping], task: Task, steps: int = 120) -
     for row, record in enumerate(first):
         left = figure.add_subplot(grid[row, 0])
         right = figure.add_subplot(grid[row, 1], sharey=left)
-        scaler, shade = record["decoding"]["scaler"], colour(record["model"])
         examples, free = record["examples"], record["evidence"]["free_running"]
-        draw_forecast(left, examples["truth"][:steps], examples["answer"][:steps], scaler, shade)
-        draw_forecast(right, free["truth"][:steps], free["forecast"][:steps], scaler, shade)
-        name = f"{record['model']}, seed {record['seed']}"
+        draw_forecast(left, examples["truth"][:steps], examples["answer"][:steps], record)
+        draw_forecast(right, free["truth"][:steps], free["forecast"][:steps], record)
+        name, shade = f"{record['model']}, seed {record['seed']}", colour(record["model"])
         left.set_title(f"{name}, one step ahead: MSE {record['test']['mse']:.4f}", color=shade)
         right.set_title(f"{name}, free-running: each forecast is fed back", color=shade)
         left.set_ylabel("value (series units)")
@@ -2027,14 +2621,12 @@ def forecasts_figure(records: Sequence[Mapping], task: Task, steps: int = 120) -
     return figure
 
 
-def draw_forecast(
-    axes: Axes, truth: Sequence[float], forecast: Sequence[float], scaler: Mapping, shade: tuple[float, ...]
-) -> None:
+def draw_forecast(axes: Axes, truth: Sequence[float], forecast: Sequence[float], record: Mapping) -> None:
     """Observed values as points and a forecast as a line, both brought from standardised to series units."""
     steps = np.arange(1, len(truth) + 1)
-    observed, forecast = (np.array(values) * scaler["std"] + scaler["mean"] for values in (truth, forecast))
+    observed, forecast = (np.array(values) * record["unit"] + record["offset"] for values in (truth, forecast))
     axes.plot(steps, observed, color=GREY, marker="o", markersize=2.5, linewidth=0)
-    axes.plot(steps, forecast, color=shade)
+    axes.plot(steps, forecast, color=colour(record["model"]))
 
 
 def free_running_errors(axes: Axes, records: Sequence[Mapping], task: Task) -> None:
@@ -2144,15 +2736,25 @@ def cost_bars(axes: Axes, values: pd.Series, label: str, notes: pd.Series | None
     axes.grid(axis="y", visible=False)
 
 
+def long_range_panels(records: Sequence[Mapping]) -> list[tuple[Callable, list[Mapping]]]:
+    """The panels for which there are records, with these; two of them need what only a generator knows."""
+    classifier, predictor = of_task(records, CLASSIFIER), of_task(records, PREDICTOR)
+    panels = [
+        (gradient_panel, classifier),
+        (distance_panel, [r for r in predictor if "cue_distance" in r["examples"]]),
+        (ending_panel, [r for r in classifier if "verdict_contradicts" in r["examples"]]),
+    ]
+    return [(draw, own) for draw, own in panels if own]
+
+
 def long_range_figure(records: Sequence[Mapping]) -> Figure:
     """Why memory matters: gradient by time step, next-word accuracy by distance, reviews with a false ending."""
-    panels = [(gradient_panel, CLASSIFIER), (distance_panel, PREDICTOR), (ending_panel, CLASSIFIER)]
-    panels = [(draw, of_task(records, task)) for draw, task in panels if of_task(records, task)]
+    panels = long_range_panels(records)
     figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
     for axes, (draw, own) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw(axes, own)
     lines = [Line2D([], [], color=colour(name), label=name, linewidth=3) for name in models_in(records)]
-    if of_task(records, PREDICTOR):
+    if distance_panel in dict(panels):
         lines.append(Line2D([], [], color=GREY, marker="D", linestyle="--", label="trigram"))
         lines.append(Line2D([], [], color="black", linestyle=":", label="best guess from the grammar's full state"))
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
@@ -2206,8 +2808,8 @@ def ending_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def write_report(records: Sequence[Mapping], comparisons: pd.DataFrame, output_dir: Path) -> None:
-    """All tables, then all figures, from the records alone."""
+def write_report(records: Sequence[Mapping], comparisons: pd.DataFrame, output_dir: Path) -> list[str]:
+    """All tables, then all figures, from the records alone; returns what could not be drawn, and why."""
     scores = scores_table(records)
     tables = {
         "runs": runs_table(records),
@@ -2216,23 +2818,28 @@ def write_report(records: Sequence[Mapping], comparisons: pd.DataFrame, output_d
         "costs": costs_table(records),
     }
     for name, table in tables.items():
-        with whole_file(output_dir / f"pytorch_rnn_{name}.csv") as path:
-            table.to_csv(path, index=False)
-    with whole_file(output_dir / "pytorch_rnn_summary.md") as path:
-        path.write_text(summary_text(records, comparisons), encoding="utf-8")
+        write_whole(output_dir / f"pytorch_rnn_{name}.csv", table.to_csv(index=False))
+    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, comparisons))
     figures = {
         f"{task.name}_training_history": partial(training_history_figure, records, task) for task in tasks_in(records)
     }
     if of_task(records, FORECASTER):
         figures["time_series_predictions"] = partial(forecasts_figure, records, FORECASTER)
-    if of_task(records, CLASSIFIER) or of_task(records, PREDICTOR):
+    if long_range_panels(records):
         figures["long_range"] = partial(long_range_figure, records)
     figures["parameter_counts"] = partial(parameters_figure, records)
     figures["architectures"] = partial(architectures_figure, records)
     figures["performance_summary"] = partial(performance_figure, records)
+    failures = []
     for name, draw in figures.items():
-        with rc_context(STYLE), whole_file(output_dir / f"pytorch_rnn_{name}.png") as path:
-            draw().savefig(path, format="png")
+        try:
+            with rc_context(STYLE):
+                draw().savefig(content := io.BytesIO(), format="png")
+        except Exception as error:  # a figure must not cost the others
+            failures.append(f"pytorch_rnn_{name}.png could not be drawn: {describe_failure(error)}")
+        else:
+            write_whole(output_dir / f"pytorch_rnn_{name}.png", content.getvalue())
+    return failures
 
 
 # ======================================================================================
@@ -2240,80 +2847,173 @@ def write_report(records: Sequence[Mapping], comparisons: pd.DataFrame, output_d
 # ======================================================================================
 
 
-class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says what would be right."""
+EXAMPLES = """examples:
+  python pytorch_rnn_models.py --quick
+      everything on tiny data, in half a minute: is all in order here?
+  python pytorch_rnn_models.py --tasks classifier --reviews my_reviews.csv
+      the comparison on your own labelled texts (--corpus and --series do the same for the other tasks)
+  python pytorch_rnn_models.py --predict outputs/models/classifier_GRU_seed42.pt "A warm and clever film."
+      use a model that was trained
+"""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError instead of printing the usage and ending the interpreter."""
+    """An argument parser that raises InputError instead of printing the usage and ending the interpreter."""
 
     def error(self, message: str) -> None:
-        raise UsageError(message)
+        unknown = re.search(r"unrecognized arguments: (--\S+)", message)
+        raise InputError(message + did_you_mean(unknown[1], self._option_string_actions) if unknown else message)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint at the one of `known` that looks like `word`, if one does."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """An argument type: one of these words."""
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}{did_you_mean(text, known)}")
+        return text
+
+    return parse
 
 
 def integer(least: int) -> Callable[[str], int]:
     """An argument type: a whole number of at least `least`."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
         return int(text)
 
     return parse
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; raises UsageError when they cannot be followed."""
+def temperature(text: str) -> float:
+    """An argument type: a finite number of 0 or more."""
+    value = as_number(text)
+    if value is None or not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+OWN_DATA = {"classifier": "reviews", "predictor": "corpus", "forecaster": "series"}  # task: its option
+PREDICTION = {"length": 20, "temperature": 1.0, "seed": 42}  # options of --predict with their defaults
+
+
+def new_parser() -> Parser:
+    """All options, in groups."""
     parser = Parser(
         prog="pytorch_rnn_models.py",
         description="Trains RNN, LSTM and GRU on three tasks and writes tables and figures.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all three")
-    parser.add_argument(
-        "--models", nargs="+", choices=MODEL_NAMES, default=list(MODEL_NAMES), help="default: all three"
-    )
-    parser.add_argument("--seeds", nargs="+", type=integer(0), metavar="N", help="default: 42 43 44; with --quick: 42")
-    parser.add_argument("--quick", action="store_true", help="the whole pipeline on tiny data, in under 30 s")
-    parser.add_argument(
-        "--epochs", type=integer(1), metavar="N", help="cap on epochs; default: as in the configuration"
-    )
-    parser.add_argument(
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--tasks", nargs="+", type=one_of(TASKS), metavar="TASK", help=f"any of {', '.join(TASKS)}; default: all")
+    add("--models", nargs="+", type=one_of(MODEL_NAMES), metavar="MODEL", help="any of RNN, LSTM, GRU; default: all")
+    add("--seeds", nargs="+", type=integer(0), metavar="N", help="default: 42 43 44; with --quick: 42")
+    add("--quick", action="store_true", help="the whole pipeline on tiny data, two epochs, in under 30 s")
+    add("--epochs", type=integer(1), metavar="N", help="cap on epochs; default: 20 or 30, by task")
+    add(
         "--match",
-        choices=["hidden", "params"],
+        type=one_of(("hidden", "params")),
         default="hidden",
-        help="compare at equal hidden size (default), or at the LSTM's number of recurrent parameters",
+        metavar="WHAT",
+        help="hidden: equal hidden size (default); params: RNN and GRU with the LSTM's number of recurrent parameters",
     )
-    parser.add_argument(
+    add = parser.add_argument_group("your own data, in place of the generated (.gz works too)").add_argument
+    add("--reviews", metavar="FILE.csv", help="for the classifier: columns text and label, two different labels")
+    add("--corpus", metavar="FILE.txt", help="for the predictor: plain text, UTF-8")
+    add("--series", metavar="FILE.csv", help="for the forecaster: a column of numbers, in order of time")
+    add("--series-column", metavar="NAME", help="which column; default: the only numeric one")
+    add = parser.add_argument_group("how and where").add_argument
+    devices = ("auto", "cpu", "cuda", "mps")
+    add(
         "--device",
-        choices=["auto", "cpu", "cuda", "mps"],
+        type=one_of(devices),
         default="auto",
-        help="auto: CUDA where there is one, else CPU",
+        metavar="NAME",
+        help="auto (default: CUDA where there is one, else CPU), cpu, cuda or mps",
     )
-    parser.add_argument(
+    add(
         "--workers",
         type=integer(1),
         metavar="N",
         help="runs trained at the same time, one thread each; default: as many as cores; on a GPU and with --quick: 1",
     )
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: outputs; with --quick: outputs/quick")
-    parser.add_argument("--report", action="store_true", help="no training: tables and figures from the records in DIR")
-    options = parser.parse_args(argv)
+    add(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="default: outputs; with --quick outputs/quick; with your own data outputs/own_ and the file's name",
+    )
+    add("--resume", action="store_true", help="skip the runs that are finished in DIR")
+    add = parser.add_argument_group("instead of training").add_argument
+    add("--report", action="store_true", help="tables and figures again, from the records in DIR")
+    add("--benchmark", action="store_true", help="what a training step costs, beside a loop with nothing but the step")
+    add(
+        "--predict",
+        nargs=2,
+        metavar=("CHECKPOINT", "INPUT"),
+        help="use a trained model on a text, a file, or - for standard input",
+    )
+    add("--length", type=integer(1), metavar="N", help="words or values to continue by; default: 20")
+    add("--temperature", type=temperature, metavar="X", help="of the words: 0 takes the likeliest; default: 1")
+    add("--seed", type=integer(0), metavar="N", help="of the words that --predict draws; default: 42")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; raises InputError when they cannot be followed."""
+    options = new_parser().parse_args(argv)
+    for name, default in PREDICTION.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif not options.predict:
+            raise InputError(f"--{name} goes with --predict" + "; for training there is --seeds" * (name == "seed"))
+    modes = [f"--{name}" for name in ("report", "benchmark", "predict") if getattr(options, name)]
+    if len(modes) > 1:
+        raise InputError(f"{' and '.join(modes)} cannot go together")
     options.seeds = list(dict.fromkeys(options.seeds or (DEFAULT_SEEDS[:1] if options.quick else DEFAULT_SEEDS)))
-    options.tasks = [name for name in TASKS if name in options.tasks]
-    options.models = [name for name in MODEL_NAMES if name in options.models]
-    options.output_dir = options.output_dir or Path("outputs", "quick" if options.quick else "")
+    options.tasks = [name for name in TASKS if name in (options.tasks or TASKS)]
+    options.models = [name for name in MODEL_NAMES if name in (options.models or MODEL_NAMES)]
+    options.own = {task: name for task, flag in OWN_DATA.items() if (name := getattr(options, flag))}
+    for task in options.own:
+        if task not in options.tasks:
+            raise InputError(f"--{OWN_DATA[task]} is for the task {task}, which --tasks leaves out")
+    if options.series_column and not (options.series or options.predict):
+        raise InputError("--series-column goes with --series or --predict")
+    names = ["own", *(Path(name).name.partition(".")[0] for name in options.own.values())]
+    default = "quick" if options.quick else "_".join(names) if options.own else ""
+    options.output_dir = options.output_dir or Path("outputs", default)
     return options
 
 
+def configuration(options: argparse.Namespace) -> Config:
+    """The configuration that the options ask for; raises InputError."""
+    config = QUICK if options.quick else Config()
+    config = config.with_epochs(options.epochs) if options.epochs else config
+    for task, path in options.own.items():
+        column = (options.series_column or "") if task == "forecaster" else ""
+        config = replace(config, **{task: replace(getattr(config, task), own=own_file(path, column))})
+    return config
+
+
 def choose_device(name: str) -> torch.device:
-    """The device called `name`, made deterministic; raises UsageError if it is not there."""
+    """The device called `name`, made deterministic; raises InputError if it is not there."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = "cuda" if available["cuda"] else "cpu"
     if not available[name]:
         here = ", ".join(device for device, there in available.items() if there)
-        raise UsageError(f"--device {name}: there is none here; choose from {here}, or auto")
+        raise InputError(f"--device {name}: there is none here; choose from {here}, or auto")
     device = torch.device(name)
     prepare_device(device)
     return device
@@ -2325,12 +3025,13 @@ def usable_cores() -> int:
 
 
 def check_writable(directory: Path) -> None:
-    """Raise UsageError, before any training, if files cannot be written to `directory`."""
+    """Raise InputError, before any training, if files cannot be written to `directory`."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
+        for folder in (directory, directory / "runs", directory / "models"):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"--output-dir {directory}: cannot be written ({error.strerror}); choose another") from error
+        raise InputError(f"--output-dir {directory}: cannot be written ({error.strerror}); choose another") from error
 
 
 def print_summary(records: Sequence[Mapping], comparisons: pd.DataFrame, output_dir: Path) -> None:
@@ -2344,56 +3045,166 @@ def print_summary(records: Sequence[Mapping], comparisons: pd.DataFrame, output_
     print(f"\nTables, figures, records and models are in {output_dir.resolve()}")
 
 
-def train(options: argparse.Namespace, config: Config, device: torch.device) -> None:
-    """Every run that the options ask for."""
+def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Job]:
+    """Those of the runs that have no record of this configuration; a record that does not count is named."""
+    finished = {(r["task"], r["model"], r["seed"]) for r in read_records(output_dir, config)}
+    rest = [job for job in jobs if job not in finished]
+    for job in rest:
+        path = output_dir / "runs" / f"{run_name(*job)}.json"
+        if path.exists():
+            print(f"{path} is damaged or of another configuration; it is trained again", file=sys.stderr)
+    print(f"resuming: {len(jobs) - len(rest)} of {len(jobs)} runs are finished", file=sys.stderr)
+    return rest
+
+
+def all_costs(
+    jobs: Sequence[Job], config: Config, device: torch.device, **scale: int
+) -> tuple[dict[str, dict[str, dict]], dict[Job, tuple[float, int]]]:
+    """What a step of each model costs, by task and model, and seconds and batches of each run with all its epochs."""
+    costs, expected = {}, {}
+    for task_name in dict.fromkeys(task for task, _, _ in jobs):
+        own_config, own = getattr(config, task_name), [job for job in jobs if job[0] == task_name]
+        data = cached_data(task_name, own_config, own[0][2])
+        models = list(dict.fromkeys(model for _, model, _ in own))
+        costs[task_name] = measure_costs(TASKS[task_name], models, own_config, data, device, **scale)
+        batches = math.ceil(len(data.train) / own_config.training.batch_size) * own_config.training.epochs
+        expected |= {job: (batches * costs[task_name][job[1]]["ms_per_step"] / 1000, batches) for job in own}
+    return costs, expected
+
+
+def train(options: argparse.Namespace, config: Config, device: torch.device) -> dict[Job, str]:
+    """Every run that the options ask for; returns what went wrong, by run."""
     names = [name + MATCHED * (options.match == "params" and name != "LSTM") for name in options.models]
-    workers = options.workers or (1 if options.quick or device.type != "cpu" else usable_cores())
+    jobs = [(task, name, seed) for task in options.tasks for seed in options.seeds for name in names]
+    if options.resume:
+        jobs = unfinished(jobs, options.output_dir, config)
+    workers = min(options.workers or (1 if options.quick or device.type != "cpu" else usable_cores()), len(jobs))
+    if not jobs:
+        return {}
     print(
-        f"{len(options.tasks) * len(names) * len(options.seeds)} runs: {', '.join(options.tasks)} x {', '.join(names)} "
-        f"x seeds {', '.join(map(str, options.seeds))}, on {device}, {workers} at a time",
+        f"{len(jobs)} runs: {', '.join(options.tasks)} x {', '.join(names)} x seeds "
+        f"{', '.join(map(str, options.seeds))}, on {device}, {workers} at a time with a thread each",
         file=sys.stderr,
     )
-    run_all(options.tasks, names, options.seeds, config, device, options.output_dir, workers)
+    costs, expected = all_costs(jobs, config, device)
+    hours, minutes = divmod(math.ceil(sum(seconds for seconds, _ in expected.values()) / workers / 60), 60)
+    estimate = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    print(f"about {estimate} if all epochs are used; training stops early where that helps", file=sys.stderr)
+    jobs.sort(key=lambda job: (list(TASKS).index(job[0]), -expected[job][0]))  # the longest first: no core idles later
+    train_one = partial(
+        train_run, config=config, device=device, output_dir=options.output_dir, costs=costs, evidence=measure_evidence
+    )
+    with Progress(expected, workers) as progress:
+        if workers == 1:
+            return run_here(jobs, train_one, progress)
+        cached_data.cache_clear()  # from here on the workers hold the data
+        return run_in_workers(jobs, train_one, progress, device, workers)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Do what the options say; raises UsageError if they cannot be followed."""
-    config = QUICK if options.quick else Config()
-    config = config.with_epochs(options.epochs) if options.epochs else config
+def report(config: Config, output_dir: Path) -> int:
+    """Tables and figures from the records of this configuration in `output_dir`; returns the number of runs."""
+    records = read_records(output_dir, config)
+    if records:
+        comparisons = compare_models(records)
+        failures = write_report(records, comparisons, output_dir)
+        print_summary(records, comparisons, output_dir)
+        if failures:
+            raise RuntimeError("; ".join(failures))
+    return len(records)
+
+
+def benchmark(options: argparse.Namespace, config: Config, device: torch.device) -> None:
+    """Measure what a step costs, print it and write it to a file."""
+    jobs = [(task, name, options.seeds[0]) for task in options.tasks for name in options.models]
+    print("measuring; this takes about a minute on an idle machine", file=sys.stderr)
+    costs, _ = all_costs(jobs, config, device, **({} if options.quick else {"steps": 10, "rounds": 7}))
+    rows = [{"task": task, "model": name} | cost for task, by_name in costs.items() for name, cost in by_name.items()]
+    table = pd.DataFrame(rows).drop(columns="activation_bytes")
+    write_whole(options.output_dir / "pytorch_rnn_benchmark.csv", table.to_csv(index=False))
+    print(table.assign(overhead=table["overhead"].map("{:+.1%}".format)).to_string(index=False))
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Print what a trained model makes of the input; raises InputError."""
+    path, source = options.predict
+    trained = load_checkpoint(path)
+    if source == "-":
+        text = decode(sys.stdin.buffer.read(), "standard input")
+    elif Path(source).is_file():
+        text = decode(read_bytes(source), source)
+    elif re.fullmatch(r"\S+\.(txt|csv|gz)", source):
+        raise InputError(f"{source}: no such file")
+    else:
+        text = source
+    print(trained.answer(text, options))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options say; returns the exit status; raises InputError if they cannot be followed."""
     device = choose_device(options.device)
-    if not options.report:
-        check_writable(options.output_dir)
-        train(options, config, device)
-    records = read_records(options.output_dir, config)
-    if not records:
-        raise UsageError(
-            f"--report: no records in {options.output_dir / 'runs'} of the configuration asked for; "
-            "train first, and give the same --quick and --epochs"
-        )
-    print("measuring gradients, free-running forecasts and the cost of a step where that is not done", file=sys.stderr)
-    add_evidence(records, config, device, options.output_dir)
-    add_costs(records, config, device, options.output_dir)
-    comparisons = compare_models(records)
-    write_report(records, comparisons, options.output_dir)
-    print_summary(records, comparisons, options.output_dir)
+    if options.predict:
+        predict(options)
+        return 0
+    config, failures, status = configuration(options), {}, 0
+    if options.report:
+        if not report(config, options.output_dir):
+            raise InputError(
+                f"--report: no records in {options.output_dir / 'runs'} of the configuration asked for; "
+                "train first, and give the same --quick, --epochs and files"
+            )
+        return 0
+    check_writable(options.output_dir)
+    if options.benchmark:
+        benchmark(options, config, device)
+        return 0
+    remove_leftovers(options.output_dir)
+    try:
+        failures = train(options, config, device)
+    except (KeyboardInterrupt, Terminated) as stopped:
+        status = stopped_status(stopped)
+        print("interrupted; reporting on the runs that are finished (once more to stop)", file=sys.stderr)
+    finished = report(config, options.output_dir)
+    for job, message in failures.items():
+        print("failed: {} {} seed {}: {}".format(*job, message), file=sys.stderr)
+    if status and not finished:
+        print("no run was finished", file=sys.stderr)
+    return status or (1 if failures else 0)
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM)."""
+
+
+def raise_terminated(*_signal: object) -> None:
+    """What SIGTERM does while `main` runs."""
+    raise Terminated
+
+
+def stopped_status(stopped: BaseException) -> int:
+    """The exit status after Ctrl-C or SIGTERM: 128 and the number of the signal."""
+    return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the program's own); returns the exit status."""
+    listens = threading.current_thread() is threading.main_thread()  # only there can a signal be listened to
+    before = signal.signal(signal.SIGTERM, raise_terminated) if listens else None
     try:
-        run(parse_args(argv))
+        return run(parse_args(argv))
     except SystemExit as finished:  # --help
         return int(finished.code or 0)
-    except UsageError as error:
+    except InputError as error:
         print(f"pytorch_rnn_models.py: {error}", file=sys.stderr)
         return 2
-    except (TrainingDiverged, BrokenExecutor, OSError) as error:
-        print(f"pytorch_rnn_models.py: {error}", file=sys.stderr)
+    except (RuntimeError, MemoryError, OSError) as error:
+        print(f"pytorch_rnn_models.py: {describe_failure(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stopped:
         print("pytorch_rnn_models.py: interrupted; finished runs are kept", file=sys.stderr)
-        return 130
-    return 0
+        return stopped_status(stopped)
+    finally:
+        if listens:
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
