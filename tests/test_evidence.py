@@ -72,7 +72,7 @@ def test_match_params_adds_its_rows_to_the_equal_hidden_size_ones(tmp_path):
     runs = pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")
     assert runs["model"].tolist() == ["RNN", "RNN-matched"]
     assert runs["recurrent_parameters"].iloc[1] > 3 * runs["recurrent_parameters"].iloc[0]
-    model, _ = rnn.load_checkpoint(tmp_path / "models" / "forecaster_RNN-matched_seed42.pt")
+    model = rnn.load_checkpoint(tmp_path / "models" / "forecaster_RNN-matched_seed42.pt").model
     assert rnn.count_parameters(model)["recurrent"] == runs["recurrent_parameters"].iloc[1]
 
 
@@ -96,7 +96,7 @@ def test_activation_bytes_grow_with_the_batch_and_leave_the_weights_out(data):
 def test_gradient_by_step_is_the_gradient_counted_from_the_last_word(data):
     own, task = data["classifier"], rnn.TASKS["classifier"]
     model = new_model("classifier", "GRU", data, dropout=0.5)
-    sizes = rnn.gradient_by_step(model, task, own, CPU, n=1)
+    sizes = rnn.gradient_by_step(model, task, own, n=1)
     row = own.test.lengths.topk(1).indices
     inputs, targets = own.test.__getitems__(row)
     length = int(own.test.lengths[row])
@@ -111,7 +111,7 @@ def test_gradient_by_step_is_the_gradient_counted_from_the_last_word(data):
 def test_free_running_feeds_each_forecast_back(data):
     own, task = data["forecaster"], rnn.TASKS["forecaster"]
     model = new_model("forecaster", "LSTM", data).eval()
-    result = rnn.free_running(model, task, own, CPU, horizon=5, stride=7)
+    result = rnn.free_running(model, task, own, horizon=5, stride=7)
     window, forecasts = own.test.inputs[:1], []
     with torch.no_grad():
         for _ in range(5):
@@ -130,17 +130,25 @@ def test_a_perfect_model_runs_free_without_error(data):
             return windows[:, -2]
 
     rows = rnn.SeriesDataset([0.0, 1.0] * 100, 10)
-    own = rnn.TaskData(rows, rows, rows, {}, {}, [], {})
-    assert rnn.free_running(Oracle(), rnn.TASKS["forecaster"], own, CPU)["mse"] == [0.0] * 95
+    own = rnn.TaskData("", rows, rows, rows, {}, {}, [], {})
+    assert rnn.free_running(Oracle(), rnn.TASKS["forecaster"], own)["mse"] == [0.0] * 95
 
 
-def test_evidence_is_in_the_records_and_is_measured_once(quick_run, monkeypatch):
+def test_evidence_is_in_the_records(quick_run):
     records = rnn.read_records(quick_run, rnn.QUICK)
-    assert all(rnn.EVIDENCE[r["task"]].keys() == r.get("evidence", {}).keys() for r in records)
+    assert all(rnn.EVIDENCE[r["task"]].keys() == r["evidence"].keys() for r in records)
     first = next(r for r in records if r["task"] == "classifier")["evidence"]
     assert first["gradient"] != first["initial_gradient"]
-    monkeypatch.setattr(rnn, "write_record", lambda *_: pytest.fail("measured again"))
-    rnn.add_evidence(records, rnn.QUICK, CPU, quick_run)
+
+
+def test_costs_are_those_of_the_loop_beside_the_bare_one(data):
+    task, own = rnn.TASKS["predictor"], data["predictor"]
+    costs = rnn.measure_costs(task, ["RNN", "GRU"], rnn.QUICK.predictor, own, CPU, steps=4, rounds=3)
+    assert list(costs) == ["RNN", "GRU"]
+    for cost in costs.values():
+        assert cost["samples_per_second"] == pytest.approx(64 / cost["ms_per_step"] * 1000, rel=0.05)
+        ratio = cost["ms_per_step"] / cost["bare_ms_per_step"] - 1
+        assert cost["overhead"] == pytest.approx(ratio, abs=0.5) and cost["overhead"] < 2
 
 
 def test_summary_says_when_one_seed_is_all_there_is_and_when_a_baseline_wins(quick_run):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pytorch_rnn_models as rnn
-from conftest import CPU, new_model
+from conftest import new_model
 
 TRAINING = rnn.Training(epochs=3)
 NINE = [(task, name) for task in rnn.TASKS for name in rnn.MODEL_NAMES]
@@ -26,14 +26,14 @@ def scripted_fit(monkeypatch, data, losses, **changes):
     model, weights, script = new_model("forecaster", "RNN", data), [], iter(losses)
     honest = rnn.evaluate
 
-    def scripted(model, task, dataset, device):
+    def scripted(model, task, dataset):
         weights.append({k: v.clone() for k, v in model.state_dict().items()})
-        result = honest(model, task, dataset, device)
+        result = honest(model, task, dataset)
         return result | {"loss": result["loss"] * 0 + next(script)}
 
     monkeypatch.setattr(rnn, "evaluate", scripted)
     training = replace(rnn.Training(), **changes)
-    history = rnn.fit(model, rnn.TASKS["forecaster"], data["forecaster"], training, 0, CPU)
+    history = rnn.fit(model, rnn.TASKS["forecaster"], data["forecaster"], training, 0)
     return history, weights, model
 
 
@@ -63,7 +63,7 @@ def test_accumulation_equals_the_large_batch(task, steps, data):
     for model, accumulate_steps in zip(models, (1, steps)):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         training = replace(TRAINING, accumulate_steps=accumulate_steps, clip_norm=1e9)
-        sums, norm = rnn.train_step(model, rnn.TASKS[task], optimizer, batch, training)
+        rnn.train_step(model, rnn.TASKS[task], optimizer, batch, training)
     for one, other in zip(models[0].parameters(), models[1].parameters()):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
@@ -74,7 +74,7 @@ def test_gradients_are_clipped_and_the_norm_before_is_returned(data):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     inputs, targets = data["forecaster"].train.__getitems__(range(8))
     training = replace(TRAINING, clip_norm=0.01)
-    _, norm = rnn.train_step(model, rnn.TASKS["forecaster"], optimizer, (inputs, targets + 100), training)
+    *_, norm = rnn.train_step(model, rnn.TASKS["forecaster"], optimizer, (inputs, targets + 100), training)
     step = math.sqrt(sum(((new - old) ** 2).sum().item() for new, old in zip(model.parameters(), before)))
     assert norm > 1 and step == pytest.approx(0.01, rel=1e-2)
 
@@ -86,14 +86,14 @@ def test_every_class_can_overfit_one_batch(task, name, data):
     inputs = inputs[:, :20]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(150):
-        sums, _ = rnn.train_step(model, rnn.TASKS[task], optimizer, (inputs, targets), TRAINING)
+        sums = rnn.train_step(model, rnn.TASKS[task], optimizer, (inputs, targets), TRAINING)
     assert sums[0].item() / 8 < 0.05
 
 
 @pytest.mark.parametrize(("task", "name"), NINE)
 def test_evaluation_does_not_depend_on_batch_size(task, name, data):
     model = new_model(task, name, data)
-    results = [rnn.evaluate(model, rnn.TASKS[task], data[task].test, CPU, batch_size=b) for b in (1, 7, 512)]
+    results = [rnn.evaluate(model, rnn.TASKS[task], data[task].test, batch_size=b) for b in (1, 7, 512)]
     for other in results[1:]:
         for key in ("loss", "score", "answer"):
             assert other[key] == pytest.approx(results[0][key], abs=1e-5)
@@ -102,7 +102,7 @@ def test_evaluation_does_not_depend_on_batch_size(task, name, data):
 
 def test_metrics_are_in_the_units_of_the_series(data):
     model, task, own = new_model("forecaster", "LSTM", data), rnn.TASKS["forecaster"], data["forecaster"]
-    result = rnn.evaluate(model, task, own.test, CPU)
+    result = rnn.evaluate(model, task, own.test)
     scaler = own.decoding["scaler"]
     truth, forecast = (v * scaler["std"] + scaler["mean"] for v in (own.test.targets[:, 0].numpy(), result["answer"]))
     metrics = task.measure(result["loss"].mean(), result["score"].mean(), own.unit)
@@ -120,8 +120,8 @@ def test_epoch_means_are_weighted_by_examples(data):
     model, task, own = new_model("predictor", "RNN", data, dropout=0.0), rnn.TASKS["predictor"], data["predictor"]
     training = rnn.Training(epochs=1, learning_rate=1e-12, batch_size=100)
     assert len(own.train) % 100, "the last batch must be a smaller one"
-    row = rnn.fit(model, task, own, training, 0, CPU)[0]
-    result = rnn.evaluate(model, task, own.train, CPU)
+    row = rnn.fit(model, task, own, training, 0)[0]
+    result = rnn.evaluate(model, task, own.train)
     assert row["train"]["loss"] == pytest.approx(result["loss"].mean(), rel=1e-4)
     assert row["train"]["accuracy"] == pytest.approx(result["score"].mean(), rel=1e-4)
 
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(data):
     model = new_model("forecaster", "GRU", data)
     training = replace(TRAINING, learning_rate=1e30)
     with pytest.raises(rnn.TrainingDiverged, match=r"GRUForecaster \(forecaster\), seed 5.*epoch 1"):
-        rnn.fit(model, rnn.TASKS["forecaster"], data["forecaster"], training, 5, CPU)
+        rnn.fit(model, rnn.TASKS["forecaster"], data["forecaster"], training, 5)
 
 
 @pytest.mark.parametrize("task", rnn.TASKS)
@@ -138,7 +138,7 @@ def test_training_learns_and_repeats(task, data):
     config, histories = getattr(rnn.QUICK, task), []
     for _ in range(2):
         model = new_model(task, "GRU", data)
-        histories.append(rnn.fit(model, rnn.TASKS[task], data[task], replace(config.training, epochs=4), 0, CPU))
+        histories.append(rnn.fit(model, rnn.TASKS[task], data[task], replace(config.training, epochs=4), 0))
     losses = [[row["train"]["loss"] for row in history] for history in histories]
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]

@@ -1,0 +1,295 @@
+"""A user's own files: what is read, what is refused and with which words, and a whole run on each."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import pytorch_rnn_models as rnn
+
+GOOD, BAD = "fine warm clever lovely".split(), "poor cold clumsy dreary".split()
+
+
+def reviews_csv(n=60, labels=("neg", "pos")):
+    rng = np.random.default_rng(0)
+    rows = [f'"It was {rng.choice((BAD, GOOD)[i % 2])}, number {i}.",{labels[i % 2]}' for i in range(n)]
+    return "text,label\n" + "\n".join(rows) + "\n"
+
+
+def corpus_txt(n=400):
+    rng = np.random.default_rng(0)
+    return " ".join(f"The {rng.choice(GOOD)} film won. Nobody left!" for _ in range(n // 8))
+
+
+def series_csv(n=500):
+    values = np.sin(np.arange(n) / 5) * 3 + 20
+    return "day,temperature\n" + "\n".join(f"1981-{i},{value:.3f}" for i, value in enumerate(values))
+
+
+TASK_OF = {"reviews": "classifier", "corpus": "predictor", "series": "forecaster"}
+WRITERS = {"reviews": reviews_csv, "corpus": corpus_txt, "series": series_csv}
+
+
+def build(kind, path, column="", **changes):
+    """The task data of a user's file in the quick configuration."""
+    task = TASK_OF[kind]
+    config = replace(getattr(rnn.QUICK, task), own=rnn.own_file(path, column), **changes)
+    return rnn.TASKS[task].build_data(config, 0)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a file and returns its path."""
+
+    def write(content, name="file.csv"):
+        path = tmp_path / name
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+# --- what is read ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_plain_gzipped_and_marked_files_give_the_same_data(kind, written):
+    content = WRITERS[kind]().encode()
+    paths = [written(content, "a.csv"), written(b"\xef\xbb\xbf" + content, "b.csv")]
+    paths.append(written(gzip.compress(content), "c.csv.gz"))
+    first, *others = (build(kind, path) for path in paths)
+    for other in others:
+        assert torch.equal(first.train.inputs, other.train.inputs) and torch.equal(
+            first.test.targets, other.test.targets
+        )
+
+
+@pytest.mark.parametrize(("labels", "names"), [(("neg", "pos"), ["neg", "pos"]), (("1", "0"), ["0", "1"])])
+def test_labels_keep_their_case_and_the_second_in_order_is_positive(labels, names, written):
+    data = build("reviews", written(reviews_csv(labels=labels)))
+    assert data.decoding["labels"] == names
+    data = build("reviews", written(reviews_csv(labels=("Bad", "GOOD"))))
+    assert data.decoding["labels"] == ["Bad", "GOOD"]
+    words = data.decoding["vocabulary"]
+    for review, target in zip(data.train.inputs.tolist(), data.train.targets[:, 0].tolist()):
+        assert bool({words[i] for i in review} & set(GOOD)) == (target == 1)
+
+
+def test_quoted_commas_line_breaks_and_other_columns():
+    text = 'id,label,text\n1,yes,"one, two\nand ""three"""\n\n2,no,four\n'
+    reviews = rnn.parse_reviews(text, "f")
+    assert reviews.texts == ['one, two\nand "three"', "four"] and reviews.labels.tolist() == [1, 0]
+
+
+def test_repeated_and_empty_reviews_are_left_out_and_counted(written):
+    extra = 'IT WAS FINE number 1,pos\n"It was, fine: number 1!",pos\n...,neg\n'
+    data = build("reviews", written(reviews_csv() + extra))
+    assert data.facts["left out as empty or repeated"] in (2, 3)
+    assert data.facts["reviews"] + data.facts["left out as empty or repeated"] == 63
+
+
+def test_own_reviews_are_shuffled_by_the_seed(written):
+    rows = sorted(reviews_csv().splitlines()[1:], key=lambda row: row[-3:])  # all neg first
+    own = rnn.own_file(written("text,label\n" + "\n".join(rows)))
+    config = replace(rnn.QUICK.classifier, own=own)
+    splits = [rnn.build_reviews(config, seed) for seed in (0, 0, 1)]
+    assert 0.2 < splits[0].test.targets.mean() < 0.8
+    assert torch.equal(splits[0].test.inputs, splits[1].test.inputs)
+    assert not torch.equal(splits[0].test.targets, splits[2].test.targets)
+
+
+def test_of_a_long_review_the_end_is_kept(written):
+    rows = [f"{'start ' * 30}{word} end{i},{label}" for i in range(20) for word, label in (("good", 1), ("bad", 0))]
+    data = build("reviews", written("text,label\n" + "\n".join(rows)), max_words=4)
+    assert data.train.inputs.shape[1] == 4
+    vocabulary = data.decoding["vocabulary"]
+    assert {vocabulary[i] for i in data.train.inputs[:, 2].tolist()} == {"good", "bad"}
+
+
+def test_corpus_keeps_words_of_any_script_sentence_ends_and_unknown_marks():
+    text = 'Don’t stop! <unk> weighs 3.5 kg, naïve Ærø… (Yes?) it @.@ ends. "Now."'
+    expected = "don't stop ! <unk> weighs 3 5 kg naïve ærø yes ? it ends . now .".split()
+    assert rnn.tokenize(text, rnn.WORDS_AND_ENDS) == expected
+
+
+def test_unknown_words_are_counted_and_never_a_hit(written):
+    data = build("corpus", written(corpus_txt(800) + " rare1 <unk> rare2 film <unk>" * 30), vocab_size=6)
+    assert len(data.decoding["vocabulary"]) == 6 and data.decoding["vocabulary"].count("<unk>") == 1
+    unknown = (data.test.targets == 1).numpy()
+    assert data.facts["unknown words in the test split"] == pytest.approx(unknown.mean()) and unknown.any()
+    output = torch.zeros(len(data.test), 6)
+    output[:, 1] = 9.0  # sure of <unk>
+    assert not rnn.likeliest_hits(output, data.test.targets)[unknown].any()
+    assert not (rnn.likeliest_word(output) < 2).any()
+    for reference in data.references:
+        assert not reference.score[unknown].any()
+
+
+def test_many_test_windows_are_thinned_evenly_and_stay_views(written, monkeypatch):
+    monkeypatch.setattr(rnn, "MOST_WINDOWS", 20)
+    data = build("corpus", written(corpus_txt(4000)))
+    assert 10 < len(data.test) <= 20 < len(data.train)
+    step = data.test.inputs.stride(0)
+    assert step == data.test.stride > 1
+    assert data.test.inputs.untyped_storage().data_ptr() == data.test.targets.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "values"),
+    [
+        ("1\n2\n3\n", "", [1, 2, 3]),
+        ("value\n1\n2e3\n", "", [1, 2000]),
+        ("day,t\nmon,1.5\ntue,-2\n", "", [1.5, -2]),
+        ("mon,1.5\ntue,-2\n", "", [1.5, -2]),
+        ("a,b\n1,3\n2,4\n", "b", [3, 4]),
+        ("1,3\n2,4\n", "2", [3, 4]),
+    ],
+)
+def test_series_with_and_without_header(text, column, values):
+    assert rnn.parse_series(text, "f", column).tolist() == values
+
+
+# --- what is refused ------------------------------------------------------------------
+
+SINE = series_csv().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("reviews", None, "no such file"),
+        ("reviews", "", "the file is empty"),
+        ("corpus", " \n ", "the file is empty"),
+        ("corpus", b"abc \xff def", "not UTF-8 (byte 4 is 0xff); save it as UTF-8"),
+        ("corpus", b"\xef\xbb\xbfabc \xff", "not UTF-8 (byte 7 is 0xff)"),
+        ("reviews", "text,rating\na,1\n", "there is no column 'label'; its columns are text, rating"),
+        ("reviews", "review;label\na;1\n", "there is no column 'text'; its columns are review;label"),
+        ("reviews", "text,label\na,1\nb,1\n", "holds 1 different values ('1'); two are needed"),
+        ("reviews", "text,label\na,1\nb,2\nc,3\n", "holds 3 different values ('1', '2', '3'); two are needed"),
+        ("reviews", "text,label\na,1\nb,0,x\n", "row 3 has 3 fields, the first has 2"),
+        ("reviews", 'text,label\n"a,1\nb,0\n', "is not CSV (unexpected end of data)"),
+        ("reviews", "text,label\na,1\nb,0\n", "2 different reviews that hold a word; three splits need 20 or more"),
+        ("corpus", "far too short", "3 words; three splits need 88 or more"),
+        ("corpus", "<unk> " * 100, "no known word in its first 70%"),
+        ("series", "x\n1\n2\n", "2 values; three splits need 408 or more"),
+        ("series", "x\n" + "7\n" * 500, "constant over its first 70%, the training part"),
+        ("series", "x\n" + "a\n" * 500, "no numeric column among x; name one with --series-column"),
+        ("series", "a,b\n1,2\n", "2 numeric columns among a, b; name one with --series-column"),
+        ("series", "\n".join([*SINE[:9], "1981,", *SINE[9:]]), "row 10 holds no value in the column 'temperature'"),
+        ("series", "\n".join([*SINE[:9], "1981,inf", *SINE[9:]]), "row 10 holds 'inf', which is not a finite number"),
+        ("series", "\n".join([*SINE[:9], "1981,o.5", *SINE[9:]]), "row 10 holds 'o.5', which is not a finite number"),
+        ("series", "x\n1e200\n-1e200\n" + "7\n" * 500, "beyond 1e30 or 1e-30; choose another unit"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_status_2(kind, content, message, written, tmp_path, capsys):
+    path = tmp_path / "none.csv" if content is None else written(content)
+    out = tmp_path / "out"
+    arguments = ["--quick", "--tasks", TASK_OF[kind], f"--{kind}", str(path), "--output-dir", str(out)]
+    assert rnn.main(arguments) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "runs: " not in line]
+    assert len(error) == 1 and error[0].startswith(f"pytorch_rnn_models.py: {path}: ") and message in error[0]
+    assert not list(out.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "predictor", "--reviews", "f.csv"], "--reviews is for the task classifier, which --tasks leaves"),
+        (["--series-column", "x"], "--series-column goes with --series or --predict"),
+        (["--series", "FILE", "--series-column", "pressure"], "no column 'pressure'; its columns are day, temperature"),
+        (["--reviews", "."], "cannot be read"),
+        (["--corpus", "broken.gz"], "cannot be read"),
+    ],
+)
+def test_misplaced_options(arguments, message, written, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    written(series_csv(), "FILE")
+    written(b"no gzip at all", "broken.gz")
+    assert rnn.main(["--quick", *arguments]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_changes_during_the_run_is_noticed(written):
+    path = written(corpus_txt(), "text.txt")
+    own = rnn.own_file(path)
+    path.write_text(corpus_txt() + " more")
+    with pytest.raises(rnn.InputError, match="changed since the run began"):
+        rnn.own_text(own)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_random_bytes_are_read_or_refused(kind, written):
+    """Random bytes and damaged files never raise anything but the documented error."""
+    rng, content = np.random.default_rng(0), WRITERS[kind]().encode()
+    refused = 0
+    for case in range(120):
+        damaged = bytearray(content if case % 2 else rng.bytes(int(rng.integers(1, 3000))))
+        for place in rng.integers(len(damaged), size=int(rng.integers(0, 5))):
+            damaged[place] = rng.choice([0, 10, 34, 44, 255, 46, 45, int(rng.integers(256))])
+        damaged = damaged[: int(rng.integers(1, len(damaged) + 1))] if case % 3 == 0 else damaged
+        try:
+            build(kind, written(bytes(damaged), "case.gz" if case % 10 == 9 else "case.csv"))
+        except rnn.InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 60 < refused < 120
+
+
+# --- a whole run ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """The output folder of a run of all three tasks on a user's files."""
+    folder = tmp_path_factory.mktemp("own")
+    arguments = ["--quick", "--models", "GRU", "--output-dir", str(folder / "out")]
+    for kind, writer in WRITERS.items():
+        (folder / f"my.{kind}").write_text(writer(), encoding="utf-8")
+        arguments += [f"--{kind}", str(folder / f"my.{kind}")]
+    assert rnn.main(arguments) == 0
+    return folder / "out"
+
+
+def test_a_run_on_own_data_says_what_they_are_and_that_the_ceiling_is_unknown(own_run):
+    text = (own_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    assert text.count("| best possible | ceiling | unknown |") == 3
+    for said in (
+        "Which label does a text of my.reviews bear, neg or pos?",
+        "Of my.corpus (SHA-256 ",
+        "reviews 60, ",
+        "share pos 0.5",
+        "What is the next value of my.series?",
+        "unknown words in the test split",
+    ):
+        assert said in text
+    assert "Prony" not in text and "Accuracy on" not in text
+    summary = pd.read_csv(own_run / "pytorch_rnn_summary.csv")
+    assert set(summary["kind"]) == {"model", "baseline"} and set(summary["task"]) == set(rnn.TASKS)
+    assert {path.name for path in own_run.glob("*.png")} == {
+        *(f"pytorch_rnn_{task}_training_history.png" for task in rnn.TASKS),
+        *(f"pytorch_rnn_{name}.png" for name in ("time_series_predictions", "parameter_counts", "architectures")),
+        *(f"pytorch_rnn_{name}.png" for name in ("performance_summary", "long_range")),
+    }
+
+
+def test_a_record_belongs_to_the_content_of_the_file_not_to_its_place(own_run, tmp_path):
+    record = json.loads((own_run / "runs" / "predictor_GRU_seed42.json").read_text())
+    assert record["configuration"]["own"]["path"] == "my.corpus"
+    (tmp_path / "my.corpus").write_text(corpus_txt(), encoding="utf-8")
+
+    def found(path):
+        config = replace(rnn.QUICK, predictor=replace(rnn.QUICK.predictor, own=rnn.own_file(path)))
+        return [r["task"] for r in rnn.read_records(own_run, config)]
+
+    assert found(tmp_path / "my.corpus") == ["predictor"]
+    (tmp_path / "my.corpus").write_text(corpus_txt() + " more", encoding="utf-8")
+    assert found(tmp_path / "my.corpus") == []
+
+
+def test_default_folder_is_named_after_the_files():
+    options = rnn.parse_args(["--reviews", "a/films.csv.gz", "--series", "b.csv"])
+    assert options.output_dir.as_posix() == "outputs/own_films_b"

@@ -1,0 +1,218 @@
+"""Trained models in use: from Python, from the command line, and loaded from files that mean no good."""
+
+import io
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import pytorch_rnn_models as rnn
+from conftest import ROOT
+
+
+@pytest.fixture
+def checkpoint(quick_run):
+    """The path of a task's GRU."""
+    return lambda task: quick_run / "models" / f"{task}_GRU_seed42.pt"
+
+
+# --- from Python ----------------------------------------------------------------------
+
+
+def test_classifier_labels_texts_as_in_training(checkpoint):
+    trained = rnn.load_checkpoint(checkpoint("classifier"))
+    texts = ["Plot was moving.", "PLOT was moving!", "plot was dull " * 9, "xyzzy", "", "..."]
+    answers = trained.predict(texts)
+    assert answers[0] == answers[1] and answers[0][0] in ("negative", "positive")
+    assert all(0.5 <= probability <= 1 for _, probability in answers[:4])
+    assert all(label is None and np.isnan(probability) for label, probability in answers[4:])
+    (label, probability), words = answers[2], rnn.tokenize(texts[2], rnn.WORDS)
+    with torch.no_grad():
+        positive = trained.model(torch.tensor([trained.vocabulary.encode(words)])).item()
+    assert probability == pytest.approx(max(positive, 1 - positive), abs=1e-5)
+    assert label == ("positive" if positive > 0.5 else "negative")
+    assert trained.predict(texts[0]) == answers[:1], "one text need not be in a list"
+
+
+def test_of_a_text_of_10000_words_the_end_is_read(checkpoint):
+    trained = rnn.load_checkpoint(checkpoint("classifier"))
+    end = "plot was superb while nobody waits " * 40
+    (long,), (short,) = trained.predict("boring " * 10_000 + end), trained.predict(end)
+    assert trained.max_words == 200 and long == short
+
+
+def test_predictor_gives_known_words_and_repeats_itself(checkpoint):
+    trained = rnn.load_checkpoint(checkpoint("predictor"))
+    likeliest = trained.predict("The sailor near the", n=5)
+    probabilities = [probability for _, probability in likeliest]
+    assert len(likeliest) == 5 and probabilities == sorted(probabilities, reverse=True) and sum(probabilities) <= 1
+    assert not {rnn.PAD, rnn.UNK} & {word for word, _ in trained.predict("the", n=10**6)}
+    assert trained.predict("") == trained.predict("."), "without words, a sentence begins"
+    assert trained.predict("xyzzy") == trained.predict("plugh"), "unknown words are one and the same"
+    one, same, other = (trained.continue_text("the", length=30, seed=seed) for seed in (1, 1, 2))
+    assert one == same != other
+    assert len(rnn.tokenize(one, rnn.WORDS_AND_ENDS)) == 30
+
+
+def test_continuation_at_temperature_0_takes_the_likeliest_word(checkpoint):
+    trained, text = rnn.load_checkpoint(checkpoint("predictor")), "the sailor"
+    for word in rnn.tokenize(trained.continue_text(text, length=8, temperature=0), rnn.WORDS_AND_ENDS):
+        assert word == trained.predict(text)[0][0]
+        text += f" {word}"
+
+
+def test_forecaster_feeds_back_and_speaks_the_units_of_the_series(checkpoint):
+    trained = rnn.load_checkpoint(checkpoint("forecaster"))
+    values = 100 + np.sin(np.arange(80) / 3)
+    forecast = trained.predict(values, length=3)
+    assert forecast.shape == (3,)
+    again = [trained.predict([*values, *forecast[:i]])[0] for i in range(3)]
+    assert forecast == pytest.approx(again, rel=1e-5)
+    assert trained.predict(values[-50:]) == pytest.approx(trained.predict(values)), "the last window is read"
+    assert np.isfinite(trained.predict([1.0, 2.0])).all(), "a shorter series is read whole"
+    for wrong in ([], [1.0, np.nan], [[1.0]]):
+        with pytest.raises(rnn.InputError, match="one or more finite values"):
+            trained.predict(wrong)
+
+
+def test_the_readmes_lines_work(quick_run, monkeypatch):
+    readme = (ROOT / "README_pytorch.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_checkpoint" in block]
+    assert blocks
+    monkeypatch.chdir(quick_run.parent)
+    for block in blocks:
+        exec(block.replace("outputs/models", f"{quick_run}/models"), {})
+
+
+# --- from the command line ------------------------------------------------------------
+
+
+def predict(capsys, *arguments):
+    assert rnn.main(["--predict", *map(str, arguments)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_predict_labels_each_line_of_text_file_or_standard_input(checkpoint, capsys, tmp_path, monkeypatch):
+    path, lines = tmp_path / "lines.txt", "plot was moving\n\nplot was dull\n"
+    path.write_text(lines)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    outputs = [predict(capsys, checkpoint("classifier"), source) for source in (lines, path, "-")]
+    assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0]) == 3
+    assert re.fullmatch(r"(negative|positive)\t0\.\d{4}", outputs[0][0]) and outputs[0][1] == "-\tnan"
+
+
+def test_predict_continues_a_text(checkpoint, capsys):
+    *likeliest, blank, continuation = predict(
+        capsys, checkpoint("predictor"), "the sailor", "--length", 7, "--temperature", 0, "--seed", 3
+    )
+    assert len(likeliest) == 5 and all(re.fullmatch(r"\S+\t0\.\d{4}", line) for line in likeliest)
+    assert blank == "" and len(rnn.tokenize(continuation, rnn.WORDS_AND_ENDS)) == 7
+
+
+def test_predict_continues_a_series(checkpoint, capsys, tmp_path):
+    path = tmp_path / "series.csv"
+    path.write_text("day,t,u\n" + "\n".join(f"d{i},{i % 7},0" for i in range(60)))
+    header, *rows = predict(capsys, checkpoint("forecaster"), path, "--length", 3, "--series-column", "t")
+    assert header == "step,value" and [row.split(",")[0] for row in rows] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.pt", "text"], "none.pt: no such file; trained models are in the folder 'models'"),
+        (["CLASSIFIER", "none.txt"], "none.txt: no such file"),
+        (["FORECASTER", "abc"], "no numeric column"),
+        (["FORECASTER", " "], "there is no row in it"),
+        (["CLASSIFIER", "BINARY"], "not UTF-8"),
+        (["CLASSIFIER", "text", "--length", "0"], "'0' is not a whole number of 1 or more"),
+        (["CLASSIFIER", "text", "--temperature", "-1"], "'-1' is not a number of 0 or more"),
+    ],
+)
+def test_predict_refuses_in_one_line(arguments, message, checkpoint, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe")
+    names = {task.upper(): str(checkpoint(task)) for task in rnn.TASKS}
+    assert rnn.main(["--predict", *(names.get(a, a) for a in arguments)]) == 2
+    printed, error = capsys.readouterr()
+    assert not printed and message in error and error.count("\n") == 1
+
+
+# --- files that mean no good ----------------------------------------------------------
+
+
+class Hostile:
+    """Unpickling it runs a command."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_hostile_checkpoint_runs_no_code(checkpoint, tmp_path, capsys):
+    marker, path = tmp_path / "ran", tmp_path / "hostile.pt"
+    content = torch.load(checkpoint("classifier"), weights_only=True)
+    for hostile in (Hostile(marker), content | {"weights": Hostile(marker)}, content | {"more": Hostile(marker)}):
+        for save in (torch.save, lambda value, to: to.write_bytes(pickle.dumps(value))):
+            save(hostile, path)
+            with pytest.raises(rnn.InputError, match="not a model that this script can use"):
+                rnn.load_checkpoint(path)
+            assert rnn.main(["--predict", str(path), "text"]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+            assert not marker.exists()
+    pickle.loads(pickle.dumps(Hostile(marker)))
+    assert marker.exists(), "the file would have run code if it had been let"
+
+
+def change(content, *path, to):
+    """`content` with the value at `path` replaced."""
+    content = dict(content)
+    content[path[0]] = change(content[path[0]], *path[1:], to=to) if len(path) > 1 else to
+    return content
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "to", "message"),
+    [
+        ("classifier", ["format"], 99, "its format is 99, this script's is"),
+        ("classifier", ["task"], "chess", "chess"),
+        ("classifier", ["model"], "Transformer", "Transformer"),
+        ("classifier", ["arguments", "n_layers"], 10**9, "more than 100 layers"),
+        ("classifier", ["arguments", "vocab_size"], 10**12, "its weights do not fit its model"),
+        ("classifier", ["arguments", "hidden_dim"], 5, "its weights do not fit its model"),
+        ("classifier", ["arguments", "colour"], 5, "colour"),
+        ("classifier", ["weights"], {}, "its weights do not fit its model"),
+        ("classifier", ["decoding", "labels"], ["a"], "not two labels"),
+        ("classifier", ["decoding", "max_words"], 0, "max_words is 0"),
+        ("predictor", ["decoding", "vocabulary"], ["<pad>", "<unk>", "a"], "3 words for"),
+        ("predictor", ["decoding", "window"], 0, "window is 0"),
+        ("forecaster", ["decoding", "scaler", "std"], 0.0, "a scaler that is not"),
+        ("forecaster", ["decoding"], {}, "window"),
+    ],
+)
+def test_the_content_of_a_checkpoint_is_checked(task, path, to, message, checkpoint, tmp_path):
+    content = torch.load(checkpoint(task), weights_only=True)
+    torch.save(change(content, *path, to=to), tmp_path / "changed.pt")
+    with pytest.raises(rnn.InputError, match=re.escape(message)):
+        rnn.load_checkpoint(tmp_path / "changed.pt")
+
+
+def test_damaged_checkpoints_and_random_bytes_are_loaded_or_refused(checkpoint, tmp_path):
+    rng, content, path = np.random.default_rng(0), checkpoint("forecaster").read_bytes(), tmp_path / "damaged.pt"
+    refused = 0
+    for case in range(150):
+        damaged = bytearray(content if case % 3 else rng.bytes(int(rng.integers(0, 2000))))
+        for _ in range(int(rng.integers(0, 9)) if damaged else 0):
+            damaged[int(rng.integers(len(damaged)))] = int(rng.integers(256))
+        path.write_bytes(damaged[: int(rng.integers(len(damaged) + 1))] if case % 3 == 1 else damaged)
+        try:
+            rnn.load_checkpoint(path)
+        except rnn.InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 90
