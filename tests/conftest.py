@@ -35,3 +35,18 @@ def quick_run(tmp_path_factory):
 def new_model(task, name, data, seed=0, **changes):
     torch.manual_seed(seed)
     return rnn.TASKS[task].models[name](**{**data[task].arguments, **changes})
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes a minute or more; runs with --slow, as in CI")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))

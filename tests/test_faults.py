@@ -1,0 +1,272 @@
+"""Nothing lost: killed, interrupted and side-by-side runs, damaged records, folders that cannot be written."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import pytorch_rnn_models as rnn
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups of POSIX")
+TINY = ["--quick", "--tasks", "forecaster", "--seeds", "1", "2"]
+TWO = ["--workers", "2"]
+TABLES = ("runs", "summary", "comparisons")
+
+
+def tables(folder):
+    """The tables of a folder, without times."""
+    read = {name: pd.read_csv(folder / f"pytorch_rnn_{name}.csv") for name in TABLES}
+    return {name: table.drop(columns="seconds", errors="ignore").to_csv() for name, table in read.items()}
+
+
+def leftovers(folder):
+    return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+def records(folder):
+    return list((folder / "runs").glob("*.json"))
+
+
+def start(*arguments):
+    """The script in a process group of its own."""
+    command = [sys.executable, str(ROOT / "pytorch_rnn_models.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def wait_for(condition, seconds=60.0):
+    """Wait until `condition` holds; returns how long that took."""
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < seconds, "waited in vain"
+        time.sleep(0.02)
+    return time.monotonic() - begin
+
+
+def group_is_gone(process):
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The output folder of a tiny run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert rnn.main([*TINY, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+# --- killed, interrupted, ended -------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments_and_resumed_it_ends_as_if_undisturbed(undisturbed, tmp_path):
+    rng, kills, begin = np.random.default_rng(0), 0, time.monotonic()
+    start(*TINY, *TWO, "--output-dir", tmp_path / "timing").communicate()
+    duration, folder = time.monotonic() - begin, tmp_path / "0"
+    while kills < 20:
+        process = start(*TINY, *TWO, "--resume", "--output-dir", folder)
+        try:
+            process.communicate(timeout=rng.uniform(0.25, 1.0) * duration)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        else:  # it came to its end: begin anew
+            assert process.returncode == 0 and tables(folder) == tables(undisturbed)
+            folder = tmp_path / str(kills)
+    assert start(*TINY, *TWO, "--resume", "--output-dir", folder).wait() == 0
+    assert tables(folder) == tables(undisturbed)
+    assert len(records(folder)) == 6 and not leftovers(folder)
+
+
+def test_resume_trains_only_what_is_missing_and_names_what_does_not_count(undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    runs = tmp_path / "runs"
+    (runs / "forecaster_RNN_seed1.json").unlink()
+    (runs / "forecaster_GRU_seed1.json").write_bytes((runs / "forecaster_GRU_seed1.json").read_bytes()[:-9])  # cut
+    whole = (runs / "forecaster_LSTM_seed1.json").read_text()
+    (runs / "forecaster_LSTM_seed1.json").write_text(whole.replace("0.1", "0.2", 1))  # altered
+    shutil.copy(runs / "forecaster_RNN_seed2.json", runs / "forecaster_GRU_seed2.json")  # of another run
+    assert (
+        rnn.main(["--quick", "--epochs", "1", *TINY[1:-2], "2", "--models", "LSTM", "--output-dir", str(tmp_path)]) == 0
+    )
+    (tmp_path / f".table.csv.{rnn.HOST}.999999999.tmp").write_text("left by a process that was killed")
+    kept = (runs / "forecaster_RNN_seed2.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert rnn.main([*TINY, "--resume", "--output-dir", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    for name in ("GRU_seed1", "LSTM_seed1", "GRU_seed2", "LSTM_seed2"):
+        assert f"forecaster_{name}.json is damaged or of another configuration; it is trained again" in error
+    assert "resuming: 1 of 6 runs are finished" in error and "5 runs: " in error
+    assert (runs / "forecaster_RNN_seed2.json").stat().st_mtime_ns == kept
+    assert tables(tmp_path) == tables(undisturbed) and not leftovers(tmp_path)
+    assert rnn.main([*TINY, "--resume", "--output-dir", str(tmp_path)]) == 0
+    assert "resuming: 6 of 6 runs are finished" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "to_all", "status"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
+def test_a_signal_ends_the_run_and_its_workers_and_reports_what_is_finished(number, to_all, status, tmp_path):
+    process = start(*TINY, *TWO, "--seeds", *range(30), "--output-dir", tmp_path)
+    wait_for(lambda: records(tmp_path))
+    (os.killpg if to_all else os.kill)(process.pid, number)  # a terminal sends Ctrl-C to the whole group
+    seconds = wait_for(lambda: len(children(process.pid)) <= 1)  # what is left is multiprocessing's tracker
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status and seconds < 2
+    assert b"interrupted; reporting on the runs that are finished" in error and b"Traceback" not in error
+    wait_for(lambda: group_is_gone(process), seconds=5)
+    assert not leftovers(tmp_path)
+    finished = len(records(tmp_path))
+    assert 0 < finished < 90 and len(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")) == finished
+    assert (tmp_path / "pytorch_rnn_performance_summary.png").exists()
+
+
+def children(pid):
+    """The processes that `pid` has started and that have not ended."""
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    process = start(*TINY, *TWO, "--seeds", *range(30), "--output-dir", tmp_path)
+    wait_for(lambda: records(tmp_path))
+    process.kill()
+    process.communicate()
+    wait_for(lambda: group_is_gone(process), seconds=15)
+
+
+def test_a_worker_that_is_killed_fails_its_run_only(tmp_path, capsys):
+    def kill_a_worker():
+        wait_for(lambda: records(tmp_path))
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_a_worker)
+    thread.start()
+    status = rnn.main([*TINY, *TWO, "--seeds", *map(str, range(4)), "--output-dir", str(tmp_path)])
+    thread.join()
+    failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert (
+        status == 1 and len(failed) == 1 and "its process ended with status -9; killed, or out of memory?" in failed[0]
+    )
+    assert len(records(tmp_path)) == 11 and not multiprocessing.active_children()
+    assert rnn.main([*TINY, "--seeds", *map(str, range(4)), "--resume", "--output-dir", str(tmp_path)]) == 0
+    assert len(records(tmp_path)) == 12
+
+
+# --- side by side ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_folder_with_slices(undisturbed, tmp_path):
+    slices = [start(*TINY[:3], "--models", name, "--seeds", 1, 2, "--output-dir", tmp_path) for name in ("RNN", "GRU")]
+    slices.append(start(*TINY[:3], "--models", "LSTM", "--seeds", 1, 2, "--workers", 2, "--output-dir", tmp_path))
+    assert [process.wait() for process in slices] == [0, 0, 0]
+    assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 0
+    assert tables(tmp_path) == tables(undisturbed) and not leftovers(tmp_path)
+
+
+def test_a_living_process_keeps_its_temporary_file(tmp_path):
+    mine, living = tmp_path / f".a.csv.{rnn.HOST}.{os.getpid()}.tmp", tmp_path / f".b.csv.{rnn.HOST}.{os.getppid()}.tmp"
+    elsewhere = tmp_path / ".c.csv.another-machine.1.tmp"
+    for path in (mine, living, elsewhere):
+        path.write_text("")
+    rnn.remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [living, elsewhere]
+
+
+# --- disks and folders ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_folder_that_vanishes_ends_the_run_in_one_line(workers, tmp_path, capsys):
+    def vanish():
+        wait_for(lambda: records(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "out")
+
+    thread = threading.Thread(target=vanish)
+    thread.start()
+    arguments = [*TINY, "--workers", workers, "--seeds", *map(str, range(9)), "--output-dir", str(tmp_path / "out")]
+    assert rnn.main(arguments) == 1
+    thread.join()
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("pytorch_rnn_models.py: [Errno 2] No such file or directory: ")
+    assert not any("Traceback" in line for line in error) and not multiprocessing.active_children()
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
+    def nearly_full(path, content):
+        if len(records(tmp_path)) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        return honest(path, content)
+
+    honest = rnn.write_whole
+    monkeypatch.setattr(rnn, "write_whole", nearly_full)
+    assert rnn.main([*TINY, "--output-dir", str(tmp_path)]) == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 0
+    assert len(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")) == 2
+
+
+def test_a_figure_that_cannot_be_drawn_costs_nothing_else(undisturbed, tmp_path, capsys, monkeypatch):
+    def broken(_records):
+        raise ZeroDivisionError("no such luck")
+
+    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    monkeypatch.setattr(rnn, "parameters_figure", broken)
+    assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error == "pytorch_rnn_models.py: pytorch_rnn_parameter_counts.png could not be drawn: no such luck\n"
+    for path in undisturbed.glob("pytorch_rnn_*"):
+        assert (tmp_path / path.name).exists() == (path.name != "pytorch_rnn_parameter_counts.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"checksum": 1}', b"\xff\xfe", b'{"task": "pre'])
+def test_whatever_lies_among_the_records_is_named_and_left_out(content, undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    path = tmp_path / "runs" / "forecaster_RNN_seed1.json"
+    path.write_bytes(content)
+    assert len(rnn.read_records(tmp_path, rnn.QUICK)) == 5
+    assert capsys.readouterr().err == f"{path} is not the whole record of a run of this version; it is left out\n"
+
+
+def test_a_record_survives_no_change_of_a_byte(undisturbed, tmp_path):
+    source = undisturbed / "runs" / "forecaster_RNN_seed1.json"
+    rng, content, path = np.random.default_rng(0), source.read_bytes(), tmp_path / source.name
+    for _ in range(60):
+        damaged = bytearray(content)
+        place = int(rng.integers(len(damaged)))
+        damaged[place] = damaged[place] ^ int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            record = rnn.read_record(path)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        assert record == rnn.read_record(source), "a change that means nothing, as of a space"
+
+
+def test_workers_tell_of_their_progress_and_lines_name_their_runs(undisturbed, tmp_path, capfd):
+    assert rnn.main([*TINY, *TWO, "--models", "RNN", "--output-dir", str(tmp_path)]) == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if "epoch" in line]
+    for seed in (1, 2):
+        assert sum(line.startswith(f"forecaster RNN seed {seed}  epoch ") for line in lines) == 2
+    assert json.loads(records(tmp_path)[0].read_text())["format"] == rnn.RECORD_FORMAT
+    assert Path(tmp_path / "models" / "forecaster_RNN_seed1.pt").exists()
