@@ -3,7 +3,11 @@
     python pytorch_rnn_models.py                       the whole experiment, into outputs/
     python pytorch_rnn_models.py --quick               the same on tiny data, into outputs/quick/
     python pytorch_rnn_models.py --tasks predictor --models RNN GRU --seeds 7 8
+    python pytorch_rnn_models.py --tasks classifier --reviews FILE.csv     on your own data
+    python pytorch_rnn_models.py --resume              only the runs that are not finished
     python pytorch_rnn_models.py --report              tables and figures again, no training
+    python pytorch_rnn_models.py --benchmark           what a training step costs
+    python pytorch_rnn_models.py --predict outputs/models/predictor_GRU_seed42.pt "the sailor near the"
     python -m pytest tests                             the tests
 
 Tasks       classifier   positive or negative film reviews    (accuracy, binary cross-entropy)
@@ -20,7 +24,8 @@ Files, all in the output directory and all written whole or not at all:
     pytorch_rnn_long_range.png
     pytorch_rnn_{runs,summary,comparisons,costs}.csv     pytorch_rnn_summary.md
     runs/TASK_MODEL_seedN.json      the record of a run: all that the report is made from
-    models/TASK_MODEL_seedN.pt      its model: load_checkpoint(path) returns it
+    models/TASK_MODEL_seedN.pt      its model: load_checkpoint(path).predict(...) uses it
+    pytorch_rnn_benchmark.csv       with --benchmark only
 
 Shapes in comments: B batch, T time steps, E embedding, F input features, H hidden units, V vocabulary.
 """
@@ -1800,7 +1805,7 @@ class Progress:
         self.expected, self.finished, self.running = expected, 0.0, {}  # running: seconds' worth done, by slot
         bar = partial(tqdm, disable=not (notebook or sys.stderr.isatty()), leave=False, dynamic_ncols=True)
         everything = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
-        one_run = "{desc:<24.24}{percentage:3.0f}%|{bar:12}|{postfix}"
+        one_run = "{desc:<24.24} {percentage:3.0f}%{postfix} |{bar}|"
         total = sum(seconds for seconds, _ in expected.values())
         self.overall = bar(total=total, desc="all runs", bar_format=everything, position=0)
         self.bars = [bar(total=1, bar_format=one_run, position=slot + 1) for slot in range(slots)]
@@ -1826,15 +1831,20 @@ class Progress:
         elif bar.desc != label:
             bar.set_description_str(label, refresh=False)
             bar.set_postfix_str("", refresh=False)
-        bar.n, bar.total, self.overall.n = batches, total, self.finished + sum(self.running.values())
+        bar.n, bar.total = batches, total
         bar.refresh()
-        self.overall.refresh()
+        self.refresh()
 
     def finish(self, slot: int, job: Job) -> None:
         """Count a run as done, however early it stopped."""
-        self.finished += self.expected[job][0]
-        self.update(slot, job, self.expected[job][1], None)
         self.running[slot] = 0.0
+        self.finished += self.expected[job][0]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Move the bar for everything."""
+        self.overall.n = self.finished + sum(self.running.values())
+        self.overall.refresh()
 
 
 def epoch_line(job: Job, row: Mapping) -> str:
