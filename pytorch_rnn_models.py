@@ -152,9 +152,9 @@ class ClassifierConfig:
     n_reviews: int = 5000
     phrases: tuple[int, int] = (10, 62)  # three-word phrases per review, least and most: 34 to 190 words, 86 on average
     opinion_rate: float = 0.33  # share of the phrases that state an opinion
-    clarity: tuple[float, float] = (0.5, 0.875)  # range of a review's share of opinions that agree with its label
+    clarity: tuple[float, float] = (0.5, 0.85)  # range of a review's share of opinions that agree with its label
     negation_rate: float = 0.2  # share of the opinions put as the negation of the opposite
-    name_rate: float = 0.17  # share of the other phrases that hold a surname, most of them rare
+    name_rate: float = 0.16  # share of the other phrases that hold a surname, most of them rare
     verdict_reliability: float = 0.64  # how often the closing verdict agrees with the label
     vocab_size: int = 5000  # most frequent words of the training split, <pad> and <unk> included
     max_words: int = 200  # of a longer review the end is kept
@@ -162,7 +162,7 @@ class ClassifierConfig:
     hidden_dim: int = 100
     n_layers: int = 1
     dropout: float = 0.2
-    training: Training = Training(learning_rate=2e-3, weight_decay=1e-4)
+    training: Training = Training(learning_rate=3e-3, weight_decay=1e-4, lr_patience=2, patience=5)
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "max_words", "embed_dim", "hidden_dim", "n_layers")
@@ -530,6 +530,10 @@ def require_enough(count: int, what: str, needed: int, source: str) -> None:
 
 # --- reviews --------------------------------------------------------------------------
 
+REVIEWS_QUESTION = (
+    "Is a film review positive? Opinions are scattered over its whole length, some of them negated, and the verdict at "
+    "its end often misleads."
+)
 POSITIVE = """good great moving brilliant charming funny clever gripping tender superb fresh honest elegant thrilling
     warm vivid""".split()
 NEGATIVE = """bad dull wooden clumsy boring awful shallow lazy tedious bland noisy stale cheap silly weak
@@ -685,12 +689,7 @@ def build_reviews(config: ClassifierConfig, seed: int) -> TaskData:
     train, validation, test = (ReviewDataset(ids[part], labels[part]) for part in parts)
     references, notes = [majority_class(train, test), naive_bayes(train, test, len(vocabulary))], {}
     question = (
-        f"Which label does a text of {Path(own.path).name} bear, {names[0]} or {names[1]}?"
-        if own
-        else (
-            "Is a film review positive? Opinions are scattered over its whole length, some of them negated, and the "
-            "verdict at its end often misleads."
-        )
+        f"Which label does a text of {Path(own.path).name} bear, {names[0]} or {names[1]}?" if own else REVIEWS_QUESTION
     )
     if reviews.log_odds is not None:
         log_odds, praised = reviews.log_odds[keep][parts[2]], reviews.praised[keep][parts[2]]
@@ -746,6 +745,9 @@ def naive_bayes(train: ReviewDataset, test: ReviewDataset, vocab_size: int) -> R
 
 # --- corpus ---------------------------------------------------------------------------
 
+CORPUS_QUESTION = (
+    "Which word comes next? Verbs and objects depend on a subject up to nine words back, past other nouns."
+)
 AREAS = {  # area: subjects, verbs, objects
     "sea": ("sailor captain diver fisher pilot", "steers anchors boards paints", "boat ship net harbour sail"),
     "kitchen": ("cook baker waiter guest grocer", "tastes stirs serves burns", "soup bread sauce cake roast"),
@@ -883,11 +885,7 @@ def build_corpus(config: PredictorConfig, seed: int) -> TaskData:
     validation, test = (CorpusDataset(ids[part], config.window, MOST_WINDOWS) for part in parts[1:])
     ngrams = [NGram(ids[parts[0]], order, len(vocabulary)).reference(test) for order in (1, 2, 3)]
     references, notes = ngrams, {}
-    question = (
-        f"Which word of {Path(own.path).name} comes next?"
-        if own
-        else ("Which word comes next? Verbs and objects depend on a subject up to nine words back, past other nouns.")
-    )
+    question = f"Which word of {Path(own.path).name} comes next?" if own else CORPUS_QUESTION
     if not own:
         targets = slice(parts[2].start + config.window, None, test.stride)  # the words that the test windows ask for
         entropy, best = np.array(text.entropy[targets]), np.array(text.best[targets])
@@ -990,6 +988,7 @@ def find(values: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 # --- series ---------------------------------------------------------------------------
 
+SERIES_QUESTION = "What is the next value of a sum of sines with noise? The noise cannot be predicted."
 PRONY = (
     "a sum of K sines obeys a linear recurrence of order 2 K (Prony 1795), so here a linear model is of the right form "
     "and least squares finds its best weights"
@@ -1041,11 +1040,7 @@ def build_series(config: ForecasterConfig, seed: int) -> TaskData:
         linear_autoregression(train, test),
     ]
     facts = {"steps": len(values), "season (steps)": season}
-    question = (
-        f"What is the next value of {Path(own.path).name}?"
-        if own
-        else ("What is the next value of a sum of sines with noise? The noise cannot be predicted.")
-    )
+    question = f"What is the next value of {Path(own.path).name}?" if own else SERIES_QUESTION
     if not own:
         floor = np.full(len(test), config.noise / std)
         references[-1] = replace(references[-1], remark=PRONY)
@@ -2083,7 +2078,7 @@ def run_in_workers(
                 process, slot, job = crew[connection]
                 try:
                     batches, news = connection.recv()
-                except (EOFError, ConnectionError):  # it has ended, as told to or not
+                except (EOFError, OSError):  # it has ended, as told to or not
                     process.join()
                     del crew[connection]
                     free.append(slot)
@@ -2227,7 +2222,7 @@ def measure_costs(
     data: TaskData,
     device: torch.device,
     steps: int = 3,
-    rounds: int = 3,
+    rounds: int = 2,
 ) -> dict[str, dict]:
     """What a training step of each model costs, in the script's own loop and in the barest one possible.
 
@@ -2237,7 +2232,7 @@ def measure_costs(
     """
     data = data.to(device)
     batches = LengthBuckets(data.train.lengths, config.training.batch_size, random_generator(0, "costs"))
-    batches = cycled(batches, steps)
+    batches = typical_batches(batches, steps)
     loader, ready = new_loader(data.train, batches), [data.train.__getitems__(rows) for rows in batches]
     contenders, seconds, costs = {}, defaultdict(list), {}
     for name in models:
@@ -2277,10 +2272,11 @@ def bare_epoch(
     loss.item()  # waits for the device
 
 
-def cycled(batches: LengthBuckets, count: int) -> list[np.ndarray]:
-    """`count` full batches, over as many epochs as that takes."""
+def typical_batches(batches: LengthBuckets, count: int) -> list[np.ndarray]:
+    """`count` full batches, from the shortest to the longest examples; some twice if there are fewer."""
     full = [rows for rows in batches if len(rows) == batches.batch_size] or list(batches)
-    return [full[i % len(full)] for i in range(count)]
+    full.sort(key=lambda rows: batches.lengths[rows].max())
+    return [full[int((i + 0.5) / count * len(full))] for i in range(count)]
 
 
 def activation_bytes(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor]) -> int:
@@ -2591,7 +2587,7 @@ def summary_text(records: Sequence[Mapping], comparisons: pd.DataFrame) -> str:
 def training_history_figure(records: Sequence[Mapping], task: Task) -> Figure:
     """Loss and metric by epoch: a column per model, a line per seed."""
     names, metrics = models_in(of_task(records, task)), task.metrics[:2]
-    figure = Figure(figsize=(max(3.2 * len(names) + 0.8, 6.5), 5.4), layout="constrained")
+    figure = Figure(figsize=(max(3.2 * len(names) + 0.8, 7.2), 5.4), layout="constrained")
     grid = figure.subplots(len(metrics), len(names), sharex=True, sharey="row", squeeze=False)
     for column, name in zip(grid.T, names):
         column[0].set_title(name, color=colour(name), fontweight="bold")
@@ -2601,11 +2597,11 @@ def training_history_figure(records: Sequence[Mapping], task: Task) -> Figure:
             for axes, metric in zip(column, metrics):
                 for split, dashes in (("train", ":"), ("validation", "-")):
                     values = [row[split][metric.name] for row in record["history"]]
-                    axes.plot(epochs, values, dashes, color=colour(name), linewidth=1.2, alpha=0.8)
+                    axes.plot(epochs, values, f".{dashes}", color=colour(name), linewidth=1.2, markersize=2, alpha=0.8)
                 axes.plot(kept["epoch"], kept["validation"][metric.name], "o", color=colour(name), markersize=5)
     for axes, metric in zip(grid[:, 0], metrics):
         axes.set_ylabel(metric.label)
-    grid[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    grid[0, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     lines = [
         Line2D([], [], color=GREY, linestyle=":", label="training (running mean over the epoch)"),
         Line2D([], [], color=GREY, label="validation"),
@@ -2754,6 +2750,7 @@ def cost_bars(axes: Axes, values: pd.Series, label: str, notes: pd.Series | None
     texts = [f"{value:.3g}" + (f" {notes[name]}" if notes is not None else "") for name, value in values.items()]
     axes.bar_label(bars, texts, padding=3)
     axes.set(xlabel=label, xlim=(0, max((1.35 if notes is None else 2.0) * values.max(), 0.1)))
+    axes.set_ylim(-0.75, len(values) - 0.25)  # a bar alone is no wider than among others
     axes.grid(axis="y", visible=False)
 
 
@@ -2778,7 +2775,7 @@ def long_range_figure(records: Sequence[Mapping]) -> Figure:
     if distance_panel in dict(panels):
         lines.append(Line2D([], [], color=GREY, marker="D", linestyle="--", label="trigram"))
         lines.append(Line2D([], [], color="black", linestyle=":", label="best guess from the grammar's full state"))
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines) if len(panels) > 1 else 1)
     figure.suptitle("Long-range memory, mean over seeds")
     return figure
 
