@@ -152,7 +152,7 @@ class ClassifierConfig:
     n_reviews: int = 5000
     phrases: tuple[int, int] = (10, 62)  # three-word phrases per review, least and most: 34 to 190 words, 86 on average
     opinion_rate: float = 0.33  # share of the phrases that state an opinion
-    clarity: tuple[float, float] = (0.5, 0.85)  # range of a review's share of opinions that agree with its label
+    clarity: tuple[float, float] = (0.5, 0.86)  # range of a review's share of opinions that agree with its label
     negation_rate: float = 0.2  # share of the opinions put as the negation of the opposite
     name_rate: float = 0.16  # share of the other phrases that hold a surname, most of them rare
     verdict_reliability: float = 0.64  # how often the closing verdict agrees with the label
