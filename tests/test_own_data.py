@@ -190,8 +190,9 @@ def test_what_cannot_be_used_is_one_line_and_status_2(kind, content, message, wr
     out = tmp_path / "out"
     arguments = ["--quick", "--tasks", TASK_OF[kind], f"--{kind}", str(path), "--output-dir", str(out)]
     assert rnn.main(arguments) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if "runs: " not in line]
-    assert len(error) == 1 and error[0].startswith(f"pytorch_rnn_models.py: {path}: ") and message in error[0]
+    printed, error = capsys.readouterr()
+    assert error.startswith(f"pytorch_rnn_models.py: {path}: ") and message in error
+    assert not printed and error.count("\n") == 1
     assert not list(out.rglob("*.json"))
 
 

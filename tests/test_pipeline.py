@@ -3,6 +3,7 @@
 import errno
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ TABLES = {
     "pytorch_rnn_comparisons.csv",
     "pytorch_rnn_costs.csv",
 }
+ONE_RUN = ["--quick", "--tasks", "forecaster", "--models", "RNN", "--output-dir"]
 RUNS = [f"{task}_{name}_seed42" for task in rnn.TASKS for name in rnn.MODEL_NAMES]
 
 
@@ -173,6 +175,33 @@ def test_terminal_output(capsys, tmp_path):
     assert all(word in printed for word in ("Time-series forecasting", "persistence", "recurrent", str(tmp_path)))
     assert re.search(r"forecaster GRU seed 42  epoch  2  train/val loss [\d.]+/[\d.]+, mse [\d.]+/", progress)
     assert "\r" not in progress, "no bar where there is no terminal"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
+def test_bars_fit_a_terminal_of_80_columns(tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    script = f"import sys, pytorch_rnn_models as rnn; sys.exit(rnn.main({ONE_RUN!r} + [{str(tmp_path)!r}]))"
+    parent, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=terminal)
+    os.close(terminal)
+    seen = b""
+    try:
+        while chunk := os.read(parent, 4096):
+            seen += chunk
+    except OSError:  # Linux says so when the other end is closed
+        pass
+    os.close(parent)
+    assert process.wait() == 0
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[\w", "", seen.decode()))
+    bars = [line for line in lines if "|" in line]
+    assert any(re.match(r"all runs +\d+%\|.*\| \d\d:\d\d passed, \S+ left", line) for line in bars)
+    assert any(line.startswith("forecaster RNN seed 42") and "validation loss" in line for line in bars)
+    assert max(map(len, bars)) <= 80 and not any("train/val" in line for line in lines)
 
 
 @pytest.mark.parametrize(
