@@ -43,7 +43,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import platform
 import re
 import signal
@@ -177,7 +176,7 @@ class PredictorConfig:
     """Next-word prediction: the corpus, the model, its training. What each lever does: `generate_corpus`."""
 
     own: OwnFile | None = None  # takes the place of the generated corpus, which the next two fields describe
-    n_words: int = 20_000
+    n_words: int = 18_000
     favourite_rate: float = 0.7  # how often a subject takes its favourite verb, and its favourite object
     vocab_size: int = 5000  # as the classifier's
     window: int = 10  # words that the model sees before the one it predicts
@@ -245,6 +244,7 @@ PAD, UNK = "<pad>", "<unk>"  # the words of id 0 and id 1
 WORDS = re.compile(r"\w+(?:'\w+)*")  # letters of any script, digits, apostrophes between them
 WORDS_AND_ENDS = re.compile(rf"{UNK}|{WORDS.pattern}|[.!?](?=[\s\"')\]”’»]|$)")  # a sentence's end is a word
 TRAIN_SHARE, VALIDATION_SHARE = 0.70, 0.15  # the rest is the test split
+MOST_WINDOWS = 50_000  # of a corpus in a validation or test split: more would hardly narrow an interval
 
 
 def random_generator(seed: int, purpose: str) -> np.random.Generator:
@@ -279,7 +279,7 @@ class TaskData:
     arguments: Mapping[str, int | float]  # constructor keywords of the models
     decoding: Mapping[str, object]  # what turns words or values into inputs and back: goes into the checkpoint
     references: Sequence[Reference]
-    facts: Mapping[str, int | float | str]  # for the summary
+    facts: Mapping[str, int | float]  # for the summary
     notes: Mapping[str, np.ndarray] = field(default_factory=dict)  # (N,) each: known about every test example
     unit: float = 1.0  # one unit of the targets, in the user's units
     offset: float = 0.0  # a target of zero, in the user's units
@@ -325,12 +325,25 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class ReviewDataset(BatchDataset):
-    """Reviews as word ids padded on the right with 0: inputs (N, T) long, targets (N, 1) float, 1 = positive."""
+    """Reviews as word ids padded on the right with 0: inputs (N, T), targets (N, 1) float, 1 = positive.
+
+    Kept as 32-bit numbers, which halves the memory; batches are long.
+    """
 
     def __init__(self, reviews: Sequence[Sequence[int]], labels: Sequence[int]) -> None:
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(review) for review in reviews], batch_first=True)
+        lengths = np.array([len(review) for review in reviews])
+        ids = np.zeros((len(reviews), lengths.max()), dtype=np.int32)
+        for row, review in zip(ids, reviews):
+            row[: len(review)] = review
         targets = torch.tensor(labels, dtype=torch.float32).unsqueeze(1)
-        super().__init__(ids, targets, torch.tensor([len(review) for review in reviews]))
+        super().__init__(torch.from_numpy(ids), targets, torch.from_numpy(lengths))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index].long(), self.targets[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        ids, targets = super().__getitems__(indices)
+        return ids.long(), targets
 
 
 class CorpusDataset(BatchDataset):
@@ -360,7 +373,7 @@ class LengthBuckets(Sampler):
     batches, and the batches shuffled: all drawn anew every epoch. With equal lengths this is plain shuffling.
     """
 
-    def __init__(self, lengths: Tensor, batch_size: int, rng: np.random.Generator, pool: int = 16) -> None:
+    def __init__(self, lengths: Tensor, batch_size: int, rng: np.random.Generator, pool: int = 32) -> None:
         self.lengths, self.batch_size, self.rng, self.pool = lengths.numpy(), batch_size, rng, pool
 
     def __len__(self) -> int:
@@ -431,6 +444,14 @@ def read_bytes(path: str | Path) -> bytes:
     return content
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file of that name, which may be any text."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return False
+
+
 def decode(content: bytes, source: str | Path) -> str:
     """UTF-8 text, with or without a byte order mark; raises InputError."""
     try:
@@ -454,18 +475,25 @@ def own_text(own: OwnFile) -> str:
 
 
 def parse_table(text: str, source: str) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV text, numbered from 1 as a spreadsheet does, blank ones left out; raises InputError."""
-    reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True), []
+    """The rows of a CSV text, numbered from 1 as a spreadsheet does; raises InputError.
+
+    Blank lines are left out, but not within a single column: there each is a cell without a value.
+    """
+    csv.field_size_limit(2**31 - 1)  # the module's own limit would refuse a text of 130,000 letters
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        for number, row in enumerate(reader, start=1):
-            if any(cell.strip() for cell in row):
-                rows.append((number, [cell.strip() for cell in row]))
-                if len(row) != len(rows[0][1]):
-                    raise InputError(f"{source}: row {number} has {len(row)} fields, the first has {len(rows[0][1])}")
+        rows = [(number, [cell.strip() for cell in row] or [""]) for number, row in enumerate(reader, start=1)]
     except csv.Error as error:
         raise InputError(f"{source}: line {reader.line_num} is not CSV ({error})") from error
-    if not rows:
+    filled = [i for i, (_, row) in enumerate(rows) if any(row)]
+    if not filled:
         raise InputError(f"{source}: there is no row in it")
+    rows = rows[filled[0] : filled[-1] + 1]
+    width = len(rows[0][1])
+    rows = [(number, row) for number, row in rows if width == 1 or row != [""]]
+    for number, row in rows:
+        if len(row) != width:
+            raise InputError(f"{source}: row {number} has {len(row)} fields, the first has {width}")
     return rows
 
 
@@ -497,13 +525,14 @@ def as_number(text: str) -> float | None:
 def parse_series(text: str, source: str, column: str = "") -> np.ndarray:
     """The values (N,) of one column of a CSV text, the only numeric one if none is named; raises InputError.
 
-    The first row is a header if it holds the column's name, or no number. Without a header the columns are
-    called 1, 2, 3. A column is numeric if most of its cells are.
+    The first row is a header if it holds no number, or the column's name and another word. Without a header the
+    columns are called 1, 2, 3. A column is numeric if most of its cells are.
     """
     rows = parse_table(text, source)
-    header = [str(i) for i in range(1, len(rows[0][1]) + 1)]
-    if (column and column in rows[0][1]) or all(as_number(cell) is None for cell in rows[0][1]):
-        header = rows.pop(0)[1]
+    first = rows[0][1]
+    words = [cell for cell in first if as_number(cell) is None]
+    named = len(words) == len(first) or (column in first and words)
+    header = rows.pop(0)[1] if named else [str(i) for i in range(1, len(first) + 1)]
     if column and column not in header:
         raise InputError(f"{source}: there is no column '{column}'; its columns are {', '.join(header)}")
     shares = np.array([[as_number(cell) is not None for cell in row] for _, row in rows]).mean(axis=0) if rows else []
@@ -857,15 +886,12 @@ def generate_corpus(config: PredictorConfig, rng: np.random.Generator) -> Transc
     return text
 
 
-def own_corpus(own: OwnFile, window: int) -> Transcript:
+def own_corpus(own: OwnFile, window: int) -> list[str]:
     """The words and sentence ends of a user's text; raises InputError."""
     lines = io.StringIO(own_text(own))  # line by line: a lower-case copy of 100 MB at once would fill the memory
     words = [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
     require_enough(len(words), "words", least_length(window), own.path)
-    return Transcript(random_generator(0, "none"), words)
-
-
-MOST_WINDOWS = 50_000  # of a validation or test split: more would hardly narrow an interval
+    return words
 
 
 def build_corpus(config: PredictorConfig, seed: int) -> TaskData:
@@ -875,18 +901,20 @@ def build_corpus(config: PredictorConfig, seed: int) -> TaskData:
     user's file cannot be used.
     """
     own = config.own
-    text = own_corpus(own, config.window) if own else generate_corpus(config, random_generator(seed, "corpus"))
-    parts = three_parts(len(text.words))  # cut before windowing: no window straddles a cut
-    vocabulary = Vocabulary.fit(text.words[parts[0]], config.vocab_size)
+    text = None if own else generate_corpus(config, random_generator(seed, "corpus"))
+    words = own_corpus(own, config.window) if own else text.words
+    parts = three_parts(len(words))  # cut before windowing: no window straddles a cut
+    vocabulary = Vocabulary.fit(words[parts[0]], config.vocab_size)
     if len(vocabulary) < 3:
         raise InputError(f"{own.path}: no known word in its first {TRAIN_SHARE:.0%}, the training part")
-    ids = np.array(vocabulary.encode(text.words))
+    ids = np.array(vocabulary.encode(words))
     train = CorpusDataset(ids[parts[0]], config.window)
     validation, test = (CorpusDataset(ids[part], config.window, MOST_WINDOWS) for part in parts[1:])
-    ngrams = [NGram(ids[parts[0]], order, len(vocabulary)).reference(test) for order in (1, 2, 3)]
+    ngram = NGram(ids[parts[0]], 3, len(vocabulary))
+    ngrams = [ngram.reference(name, n, test) for n, name in enumerate(("unigram", "bigram", "trigram"))]
     references, notes = ngrams, {}
     question = f"Which word of {Path(own.path).name} comes next?" if own else CORPUS_QUESTION
-    if not own:
+    if text:
         targets = slice(parts[2].start + config.window, None, test.stride)  # the words that the test windows ask for
         entropy, best = np.array(text.entropy[targets]), np.array(text.best[targets])
         references = [*ngrams, Reference("grammar's full state", "ceiling", entropy, best)]
@@ -906,7 +934,7 @@ def build_corpus(config: PredictorConfig, seed: int) -> TaskData:
         references=references,
         facts={
             "words": len(ids),
-            "distinct words": len(set(text.words)),
+            "distinct words": len(set(words)),
             "vocabulary": len(vocabulary),
             "test windows": len(test),
             "unknown words in the test split": float((test.targets == 1).float().mean()),
@@ -932,12 +960,12 @@ class NGram:
     """
 
     def __init__(self, ids: np.ndarray, order: int, vocab_size: int) -> None:
-        self.order, self.vocab_size, self.levels = order, vocab_size, []
+        self.vocab_size, self.levels = vocab_size, []
         for n in range(order):
             grams = np.lib.stride_tricks.sliding_window_view(ids, n + 1)
             grams, counts = np.unique(window_codes(grams, vocab_size), return_counts=True)
             contexts, starts = np.unique(grams // vocab_size, return_index=True)
-            totals, distinct = np.add.reduceat(counts, starts), np.diff([*starts, len(grams)])
+            totals, distinct = np.add.reduceat(counts, starts), np.diff(starts, append=len(grams))
             self.levels.append({"grams": grams, "counts": counts, "contexts": contexts, "starts": starts})
             self.levels[n] |= {"totals": totals, "distinct": distinct}
 
@@ -971,12 +999,11 @@ class NGram:
         """P(word | context) for each row (N,), or -1 for <unk>, which is no answer."""
         return np.where(words == 1, -1.0, self.probability(contexts, words))
 
-    def reference(self, test: CorpusDataset) -> Reference:
-        """How the model does on the windows of `test`."""
+    def reference(self, name: str, n: int, test: CorpusDataset) -> Reference:
+        """How the model does on the windows of `test` by the last `n` words of each."""
         window, words = test.inputs.numpy(), test.targets.numpy()
-        contexts = window[:, window.shape[1] - self.order + 1 :]
+        contexts = window[:, max(window.shape[1] - n, 0) :]
         hits = self.likeliest(contexts) == words
-        name = {1: "unigram", 2: "bigram", 3: "trigram"}[self.order]
         return Reference(name, "baseline", -np.log(self.probability(contexts, words)), hits.astype(float))
 
 
@@ -1077,10 +1104,13 @@ def season_of(train: SeriesDataset) -> int:
 
 
 def linear_autoregression(train: SeriesDataset, test: SeriesDataset) -> Reference:
-    """Least squares on the same window, with an intercept."""
-    design = [np.column_stack([split.inputs[:, :, 0].numpy(), np.ones(len(split))]) for split in (train, test)]
-    weights = np.linalg.lstsq(design[0], train.targets[:, 0].numpy(), rcond=None)[0]
-    return forecast_reference("linear autoregression", design[1] @ weights, test)
+    """Least squares on the same window, with an intercept; of a long series about `MOST_WINDOWS` windows are used."""
+    step = math.ceil(len(train) / MOST_WINDOWS)
+    rows, targets = train.inputs[::step, :, 0].double().numpy(), train.targets[::step, 0].double().numpy()
+    weights = np.linalg.lstsq(np.column_stack([rows, np.ones(len(rows))]), targets, rcond=None)[0]
+    chunks = test.inputs[:, :, 0].split(MOST_WINDOWS)  # in pieces: windows are views, their products are not
+    forecast = np.concatenate([chunk.double().numpy() @ weights[:-1] + weights[-1] for chunk in chunks])
+    return forecast_reference("linear autoregression", forecast, test)
 
 
 # ======================================================================================
@@ -1302,6 +1332,11 @@ def roll_forward(model: nn.Module, windows: Tensor, steps: int) -> Tensor:
     return torch.cat(forecasts, dim=1)
 
 
+def is_size(value: object) -> bool:
+    """Whether a value from a file is a whole number of 1 or more."""
+    return type(value) is int and value >= 1
+
+
 class Trained:
     """A trained model and what turns a user's words or values into its input and back; `load_checkpoint` makes it.
 
@@ -1323,8 +1358,9 @@ class TrainedClassifier(Trained):
     def __init__(self, *parts: object) -> None:
         super().__init__(*parts)
         self.labels, self.max_words = self.decoding["labels"], self.decoding["max_words"]
-        require(len(self.labels) == 2 and self.model.head[0].out_features == 1, "not two labels")
-        require_at_least_one(self, "max_words")
+        two = len(self.labels) == 2 and all(isinstance(label, str) for label in self.labels)
+        require(two and self.model.head[0].out_features == 1, "not two labels")
+        require(is_size(self.max_words), f"max_words is {self.max_words}")
 
     def predict(self, texts: str | Sequence[str]) -> list[tuple[str | None, float]]:
         """The likelier label of each text and its probability.
@@ -1347,7 +1383,7 @@ class TrainedClassifier(Trained):
 
     def answer(self, text: str, _options: argparse.Namespace) -> str:
         """What the command line prints: label and probability of each line of `text`."""
-        answers = self.predict(text.splitlines() or [""])
+        answers = self.predict(list(io.StringIO(text)) or [""])
         return "\n".join(f"{'-' if label is None else label}\t{probability:.4f}" for label, probability in answers)
 
 
@@ -1357,7 +1393,7 @@ class TrainedPredictor(Trained):
     def __init__(self, *parts: object) -> None:
         super().__init__(*parts)
         self.window = self.decoding["window"]
-        require_at_least_one(self, "window")
+        require(is_size(self.window), f"window is {self.window}")
 
     def logits(self, words: Sequence[str]) -> Tensor:
         """Logits (V,) of the word that follows `words`, of which the last `window` are read.
@@ -1386,7 +1422,7 @@ class TrainedPredictor(Trained):
         start = len(words)
         for _ in range(length):
             logits = self.logits(words)
-            scaled = (logits - logits.max()) / max(temperature, 1e-6)  # at 0 all but the likeliest vanish
+            scaled = (logits - logits.max()) / max(temperature, 1e-30)  # at 0 all but the likeliest vanish
             words.append(self.vocabulary.words[torch.multinomial(scaled.softmax(dim=0), 1, generator=generator).item()])
         return re.sub(r" ([.!?])", r"\1", " ".join(words[start:]))
 
@@ -1404,8 +1440,10 @@ class TrainedForecaster(Trained):
         super().__init__(*parts)
         self.window, scaler = self.decoding["window"], self.decoding["scaler"]
         self.mean, self.std = float(scaler["mean"]), float(scaler["std"])
-        require_at_least_one(self, "window")
+        require(is_size(self.window), f"window is {self.window}")
         require(math.isfinite(self.mean) and 0 < self.std < math.inf, "a scaler that is not finite and positive")
+        sizes = self.model.recurrent.rnn.input_size, self.model.head[-1].out_features
+        require(sizes == (1, 1), "not a series of one value a step")
 
     def predict(self, values: Sequence[float], length: int = 1) -> np.ndarray:
         """The next `length` values of a series (N,), in its own units; each forecast is fed back for the next.
@@ -1413,10 +1451,14 @@ class TrainedForecaster(Trained):
         Of the series the last `window` values are read; a shorter one is read whole, which is less than the
         model was trained on. Raises InputError if there is no value or one that is not finite.
         """
-        values = np.asarray(values, dtype=float)[-self.window :]
+        wrong = InputError("a series must hold one or more finite values, in one dimension")
+        try:
+            values = np.asarray(values, dtype=float)
+        except (TypeError, ValueError) as error:
+            raise wrong from error
         if not (values.ndim == 1 and len(values) and np.isfinite(values).all()):
-            raise InputError("a series must hold one or more finite values, in one dimension")
-        scaled = torch.as_tensor((values - self.mean) / self.std, dtype=torch.float32)
+            raise wrong
+        scaled = torch.as_tensor((values[-self.window :] - self.mean) / self.std, dtype=torch.float32)
         return roll_forward(self.model, scaled[None, :, None], length)[0].double().numpy() * self.std + self.mean
 
     def answer(self, text: str, options: argparse.Namespace) -> str:
@@ -1447,8 +1489,10 @@ class Metric:
         return a > b if self.higher_is_better else a < b
 
     def amounts(self, *values: float) -> list[str]:
-        """Differences as a person reads them: shares in points of a hundred, the rest as they are."""
-        return [f"{100 * value:.1f}" if self.form.endswith("%") else format(value, self.form) for value in values]
+        """Differences as a person reads them: shares in points of a hundred, the rest to two or three digits."""
+        forms = {"%": "{:.1f}", "g": "{:.2g}", "f": "{:.3f}"}
+        scale = 100 if self.form.endswith("%") else 1
+        return [forms[self.form[-1]].format(scale * value) for value in values]
 
 
 @dataclass(frozen=True)
@@ -1537,8 +1581,8 @@ FORECASTER = Task(
     score=partial(per_example, F.l1_loss),
     answer=lambda output: output[:, 0],  # next value, standardised
     metrics=(
-        Metric("mse", "MSE (series units²)", "loss", ".4f", unit_power=2),
-        Metric("mae", "MAE (series units)", "score", ".4f", unit_power=1),
+        Metric("mse", "MSE (series units²)", "loss", ".4g", unit_power=2),
+        Metric("mae", "MAE (series units)", "score", ".4g", unit_power=1),
     ),
 )
 TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
@@ -1800,7 +1844,7 @@ class Progress:
         self.expected, self.finished, self.running = expected, 0.0, {}  # running: seconds' worth done, by slot
         bar = partial(tqdm, disable=not (notebook or sys.stderr.isatty()), leave=False, dynamic_ncols=True)
         everything = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
-        one_run = "{desc:<24.24} {percentage:3.0f}%{postfix} |{bar}|"
+        one_run = "{desc} {percentage:3.0f}%{postfix} |{bar}|"
         total = sum(seconds for seconds, _ in expected.values())
         self.overall = bar(total=total, desc="all runs", bar_format=everything, position=0)
         self.bars = [bar(total=1, bar_format=one_run, position=slot + 1) for slot in range(slots)]
@@ -1845,7 +1889,7 @@ class Progress:
 def epoch_line(job: Job, row: Mapping) -> str:
     """An epoch's row of the history, for a log."""
     names = dict.fromkeys(["loss", TASKS[job[0]].metrics[0].name])
-    values = ", ".join(f"{name} {row['train'][name]:.4f}/{row['validation'][name]:.4f}" for name in names)
+    values = ", ".join(f"{name} {row['train'][name]:.4g}/{row['validation'][name]:.4g}" for name in names)
     epoch = "{} {} seed {}  epoch {:2d}".format(*job, row["epoch"])
     return f"{epoch}  train/val {values}  rate {row['learning_rate']:.2g}  {row['seconds']:.1f} s"
 
@@ -1939,7 +1983,9 @@ def train_run(
         "facts": dict(data.facts),
         "unit": data.unit,
         "offset": data.offset,
-        "examples": {name: np.round(values, 6).tolist() for name, values in {**examples, **data.notes}.items()},
+        "examples": {
+            name: np.round(values.astype(float), 6).tolist() for name, values in {**examples, **data.notes}.items()
+        },
         "cost": dict(costs[task.name][model_name]),
         "evidence": evidence(task, model, initial, data),
     }
@@ -1993,24 +2039,29 @@ def load_checkpoint(path: str | Path) -> Trained:
     No code in the file is run: torch reads tensors and plain values only, and what it read must be of the form
     that `save_checkpoint` gives it before a model is made of it.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise InputError(f"{path}: no such file; trained models are in the folder 'models' of an output directory")
     try:
         return trained_from(torch.load(path, map_location="cpu", weights_only=True))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: not a model that this script can use ({describe_failure(error)[:120]})") from error
     except Exception as error:  # a foreign or damaged file can make torch stumble over anything
-        foreign = "it holds something else than tensors and plain values"
-        reason = foreign if isinstance(error, pickle.UnpicklingError) else describe_failure(error)[:120]
-        raise InputError(f"{path}: not a model that this script can use ({reason})") from error
+        raise InputError(f"{path}: not a model that this script can use (damaged, or something else)") from error
 
 
 def trained_from(checkpoint: Mapping) -> Trained:
     """The model in a checkpoint's content; raises an error of any kind if that is not what it must be."""
-    found = checkpoint["format"]
-    require(found == RECORD_FORMAT, f"its format is {found!r}, this script's is {RECORD_FORMAT}; train it again")
+    found, name = checkpoint["format"], checkpoint["model"]
+    require(
+        found <= RECORD_FORMAT, f"its format {found} is newer than this script's, {RECORD_FORMAT}; get a newer script"
+    )
+    require(found == RECORD_FORMAT, f"its format {found} is older than this script's, {RECORD_FORMAT}; train it again")
+    require(checkpoint["task"] in TASKS, f"it is for a task {checkpoint['task']!r}")
+    require(base_name(name) in MODEL_NAMES, f"it is a model {name!r}")
     task, weights, arguments = TASKS[checkpoint["task"]], checkpoint["weights"], checkpoint["arguments"]
     require(arguments["n_layers"] <= 100, "more than 100 layers")
     with torch.device("meta"):  # takes no memory, so that sizes which the weights do not have do no harm
-        model = task.models[base_name(checkpoint["model"])](**arguments)
+        model = task.models[base_name(name)](**arguments)
     expected = {name: (weight.shape, weight.dtype) for name, weight in model.state_dict().items()}
     require(expected == {name: (w.shape, w.dtype) for name, w in weights.items()}, "its weights do not fit its model")
     require(all(weight.isfinite().all() for weight in weights.values()), "its weights are not finite")
@@ -2053,13 +2104,30 @@ def work(connection: Connection, train_one: Callable, device: torch.device) -> N
     prepare_device(device)
     with suppress(EOFError, ConnectionError):  # the parent is gone
         for job in iter(connection.recv, None):
-            try:
-                train_one(job, lambda *news: connection.send(news))
-                error = None
-            except Exception as failure:  # for the parent to judge
-                error = failure
-            connection.send((None, error))
+            connection.send((None, attempt(job, train_one, lambda *news: connection.send(news))))
             gc.collect()
+
+
+def attempt(job: Job, train_one: Callable, tell: Callable) -> Exception | None:
+    """Train a run; returns what went wrong, for the parent to judge, without the run's variables."""
+    try:
+        train_one(job, tell)
+    except Exception as error:
+        return error.with_traceback(None)
+    return None
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block; processes that are started in it never hear of it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_in_workers(
@@ -2076,11 +2144,12 @@ def run_in_workers(
     try:
         while waiting or crew:
             while waiting and free:
-                connection, theirs = spawn.Pipe()
-                process = spawn.Process(target=work, args=(theirs, train_one, device), daemon=True)
-                process.start()
-                theirs.close()
-                crew[connection] = process, free.pop(), hand_out(waiting, connection)
+                with interrupts_held():
+                    connection, theirs = spawn.Pipe()
+                    process = spawn.Process(target=work, args=(theirs, train_one, device), daemon=True)
+                    process.start()
+                    theirs.close()
+                    crew[connection] = process, free.pop(), hand_out(waiting, connection)
             for connection in wait_for_any(list(crew)):
                 process, slot, job = crew[connection]
                 try:
@@ -2105,6 +2174,7 @@ def run_in_workers(
     finally:
         for process, *_ in crew.values():
             process.kill()
+        for process, *_ in crew.values():
             process.join()
     return failures
 
@@ -2123,6 +2193,7 @@ def read_record(path: Path) -> dict:
     stated = record.pop("checksum")
     require(record["format"] == RECORD_FORMAT and stated == checksum(record), "not a whole record")
     require(path.stem == run_name(record["task"], record["model"], record["seed"]), "the record of another run")
+    require(record["task"] in TASKS and base_name(record["model"]) in MODEL_NAMES, "of no task or model there is")
     return record
 
 
@@ -2132,7 +2203,7 @@ def read_records(output_dir: Path, config: Config) -> list[dict]:
     for path in (output_dir / "runs").glob("*.json"):
         try:
             record = read_record(path)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             print(f"{path} is not the whole record of a run of this version; it is left out", file=sys.stderr)
             continue
         if record["configuration"] == settings(getattr(config, record["task"])):
@@ -2434,7 +2505,7 @@ def scores_table(records: Sequence[Mapping]) -> pd.DataFrame:
 def plus_minus(mean: float, std: float, form: str) -> str:
     """'76.1 % ± 1.2': a mean with its standard deviation, if there is one."""
     number = format(mean, form).replace("%", " %")
-    return number if math.isnan(std) else f"{number} ± {format(std, form).rstrip('%')}"
+    return number if math.isnan(std) else f"{number} ± {format(std, form.replace('4g', '2g')).rstrip('%')}"
 
 
 def performance_table(records: Sequence[Mapping], task: Task) -> pd.DataFrame:
@@ -2633,7 +2704,7 @@ def forecasts_figure(records: Sequence[Mapping], task: Task, steps: int = 120) -
         draw_forecast(left, examples["truth"][:steps], examples["answer"][:steps], record)
         draw_forecast(right, free["truth"][:steps], free["forecast"][:steps], record)
         name, shade = f"{record['model']}, seed {record['seed']}", colour(record["model"])
-        left.set_title(f"{name}, one step ahead: MSE {record['test']['mse']:.4f}", color=shade)
+        left.set_title(f"{name}, one step ahead: MSE {record['test']['mse']:.4g}", color=shade)
         right.set_title(f"{name}, free-running: each forecast is fed back", color=shade)
         left.set_ylabel("value (series units)")
     left.set_xlabel("test example, in order of time")
@@ -3030,7 +3101,7 @@ def configuration(options: argparse.Namespace) -> Config:
     config = QUICK if options.quick else Config()
     config = config.with_epochs(options.epochs) if options.epochs else config
     for task, path in options.own.items():
-        column = (options.series_column or "") if task == "forecaster" else ""
+        column = getattr(options, f"{OWN_DATA[task]}_column", None) or ""
         config = replace(config, **{task: replace(getattr(config, task), own=own_file(path, column))})
     return config
 
@@ -3054,13 +3125,13 @@ def usable_cores() -> int:
 
 
 def check_writable(directory: Path) -> None:
-    """Raise InputError, before any training, if files cannot be written to `directory`."""
+    """Raise OSError, before any training, if files cannot be written to `directory`."""
     try:
         for folder in (directory, directory / "runs", directory / "models"):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"--output-dir {directory}: cannot be written ({error.strerror}); choose another") from error
+        raise OSError(f"--output-dir {directory}: cannot be written ({error.strerror}); choose another") from error
 
 
 def print_summary(records: Sequence[Mapping], comparisons: pd.DataFrame, output_dir: Path) -> None:
@@ -3101,9 +3172,14 @@ def all_costs(
     return costs, expected
 
 
+def model_names(options: argparse.Namespace) -> list[str]:
+    """The models asked for, by the names that their sizes give them."""
+    return [name + MATCHED * (options.match == "params" and name != "LSTM") for name in options.models]
+
+
 def train(options: argparse.Namespace, config: Config, device: torch.device) -> dict[Job, str]:
     """Every run that the options ask for; returns what went wrong, by run."""
-    names = [name + MATCHED * (options.match == "params" and name != "LSTM") for name in options.models]
+    names = model_names(options)
     jobs = [(task, name, seed) for task in options.tasks for seed in options.seeds for name in names]
     if options.resume:
         jobs = unfinished(jobs, options.output_dir, config)
@@ -3111,7 +3187,10 @@ def train(options: argparse.Namespace, config: Config, device: torch.device) -> 
     if not jobs:
         return {}
     for task in options.own:  # what cannot be used is to be said before anything else
-        cached_data(task, getattr(config, task), options.seeds[0])
+        seeds = [seed for name, _, seed in jobs if name == task]
+        cached_data(task, getattr(config, task), (seeds or options.seeds)[0])
+    check_writable(options.output_dir)
+    remove_leftovers(options.output_dir)
     print(
         f"{len(jobs)} runs: {', '.join(options.tasks)} x {', '.join(names)} x seeds "
         f"{', '.join(map(str, options.seeds))}, on {device}, {workers} at a time with a thread each",
@@ -3133,21 +3212,23 @@ def train(options: argparse.Namespace, config: Config, device: torch.device) -> 
         return run_in_workers(jobs, train_one, progress, device, workers)
 
 
-def report(config: Config, output_dir: Path) -> int:
-    """Tables and figures from the records of this configuration in `output_dir`; returns the number of runs."""
+def report(config: Config, output_dir: Path) -> tuple[int, int]:
+    """Tables and figures from the records in `output_dir`; returns the number of runs and of figures that failed."""
     records = read_records(output_dir, config)
-    if records:
-        comparisons = compare_models(records)
-        failures = write_report(records, comparisons, output_dir)
-        print_summary(records, comparisons, output_dir)
-        if failures:
-            raise RuntimeError("; ".join(failures))
-    return len(records)
+    if not records:
+        return 0, 0
+    comparisons = compare_models(records)
+    failures = write_report(records, comparisons, output_dir)
+    print_summary(records, comparisons, output_dir)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return len(records), len(failures)
 
 
 def benchmark(options: argparse.Namespace, config: Config, device: torch.device) -> None:
     """Measure what a step costs, print it and write it to a file."""
-    jobs = [(task, name, options.seeds[0]) for task in options.tasks for name in options.models]
+    check_writable(options.output_dir)
+    jobs = [(task, name, options.seeds[0]) for task in options.tasks for name in model_names(options)]
     print("measuring; this takes about a minute on an idle machine", file=sys.stderr)
     costs, _ = all_costs(jobs, config, device, **({} if options.quick else {"steps": 10, "rounds": 9}))
     rows = [{"task": task, "model": name} | cost for task, by_name in costs.items() for name, cost in by_name.items()]
@@ -3162,7 +3243,7 @@ def predict(options: argparse.Namespace) -> None:
     trained = load_checkpoint(path)
     if source == "-":
         text = decode(sys.stdin.buffer.read(), "standard input")
-    elif Path(source).is_file():
+    elif is_file(source):
         text = decode(read_bytes(source), source)
     elif re.fullmatch(r"\S+\.(txt|csv|gz)", source):
         raise InputError(f"{source}: no such file")
@@ -3178,29 +3259,27 @@ def run(options: argparse.Namespace) -> int:
         predict(options)
         return 0
     config, failures, status = configuration(options), {}, 0
-    if options.report:
-        if not report(config, options.output_dir):
-            raise InputError(
-                f"--report: no records in {options.output_dir / 'runs'} of the configuration asked for; "
-                "train first, and give the same --quick, --epochs and files"
-            )
-        return 0
-    check_writable(options.output_dir)
     if options.benchmark:
         benchmark(options, config, device)
         return 0
-    remove_leftovers(options.output_dir)
-    try:
-        failures = train(options, config, device)
-    except (KeyboardInterrupt, Terminated) as stopped:
-        status = stopped_status(stopped)
-        print("interrupted; reporting on the runs that are finished (once more to stop)", file=sys.stderr)
-    finished = report(config, options.output_dir)
+    if not options.report:
+        try:
+            failures = train(options, config, device)
+        except (KeyboardInterrupt, Terminated) as stopped:
+            status = stopped_status(stopped)
+            print("interrupted; reporting on the runs that are finished (once more to stop)", file=sys.stderr)
+        remove_leftovers(options.output_dir)
     for job, message in failures.items():
         print("failed: {} {} seed {}: {}".format(*job, message), file=sys.stderr)
-    if status and not finished:
+    finished, undrawn = report(config, options.output_dir)
+    if not finished and options.report:
+        raise InputError(
+            f"--report: no records in {options.output_dir / 'runs'} of the configuration asked for; "
+            "train first, and give the same --quick, --epochs and files"
+        )
+    if not finished:
         print("no run was finished", file=sys.stderr)
-    return status or (1 if failures else 0)
+    return status or (1 if failures or undrawn else 0)
 
 
 class Terminated(BaseException):

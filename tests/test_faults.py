@@ -234,12 +234,14 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(undisturbed, tmp_path,
     monkeypatch.setattr(rnn, "parameters_figure", broken)
     assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert error == "pytorch_rnn_models.py: pytorch_rnn_parameter_counts.png could not be drawn: no such luck\n"
+    assert error == "failed: pytorch_rnn_parameter_counts.png could not be drawn: no such luck\n"
     for path in undisturbed.glob("pytorch_rnn_*"):
         assert (tmp_path / path.name).exists() == (path.name != "pytorch_rnn_parameter_counts.png")
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"checksum": 1}', b"\xff\xfe", b'{"task": "pre'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b"null", b'{"checksum": 1}', b"\xff\xfe", b'{"task": "pre', b"[" * 100_000]
+)
 def test_whatever_lies_among_the_records_is_named_and_left_out(content, undisturbed, tmp_path, capsys):
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
     path = tmp_path / "runs" / "forecaster_RNN_seed1.json"

@@ -85,6 +85,11 @@ def test_quoted_commas_line_breaks_and_other_columns():
     assert reviews.texts == ['one, two\nand "three"', "four"] and reviews.labels.tolist() == [1, 0]
 
 
+def test_a_review_of_any_length_is_read():
+    reviews = rnn.parse_reviews(f"text,label\n{'word ' * 100_000},1\nb,0\n", "f")
+    assert len(reviews.texts[0]) == 499_999
+
+
 def test_repeated_and_empty_reviews_are_left_out_and_counted(written):
     extra = 'IT WAS FINE number 1,pos\n"It was, fine: number 1!",pos\n...,neg\n'
     data = build("reviews", written(reviews_csv() + extra))
@@ -147,6 +152,10 @@ def test_many_test_windows_are_thinned_evenly_and_stay_views(written, monkeypatc
         ("mon,1.5\ntue,-2\n", "", [1.5, -2]),
         ("a,b\n1,3\n2,4\n", "b", [3, 4]),
         ("1,3\n2,4\n", "2", [3, 4]),
+        ("2,10\n3,11\n", "2", [10, 11]),
+        ("a,1990\nmon,3\ntue,4\n", "1990", [3, 4]),
+        ("\n1\n2\n\n", "", [1, 2]),
+        ("a,b\n\nmon,3\n\ntue,4", "", [3, 4]),
     ],
 )
 def test_series_with_and_without_header(text, column, values):
@@ -182,6 +191,7 @@ SINE = series_csv().splitlines()
         ("series", "\n".join([*SINE[:9], "1981,", *SINE[9:]]), "row 10 holds no value in the column 'temperature'"),
         ("series", "\n".join([*SINE[:9], "1981,inf", *SINE[9:]]), "row 10 holds 'inf', which is not a finite number"),
         ("series", "\n".join([*SINE[:9], "1981,o.5", *SINE[9:]]), "row 10 holds 'o.5', which is not a finite number"),
+        ("series", "x\n" + "1\n2\n" * 300 + "\n5\n", "row 602 holds no value in the column 'x'"),
         ("series", "x\n1e200\n-1e200\n" + "7\n" * 500, "beyond 1e30 or 1e-30; choose another unit"),
     ],
 )

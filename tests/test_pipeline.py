@@ -177,6 +177,13 @@ def test_terminal_output(capsys, tmp_path):
     assert "\r" not in progress, "no bar where there is no terminal"
 
 
+def test_a_folder_that_cannot_be_written_is_one_line_and_status_1(capsys, tmp_path):
+    (tmp_path / "FILE").write_text("")
+    assert rnn.main(["--quick", "--output-dir", str(tmp_path / "FILE" / "below")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "below: cannot be written (Not a directory); choose another" in error
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
 def test_bars_fit_a_terminal_of_80_columns(tmp_path):
     import fcntl
@@ -220,7 +227,6 @@ def test_bars_fit_a_terminal_of_80_columns(tmp_path):
         (["--epochs", "0"], "'0' is not a whole number of 1 or more"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--device", "mps"], "there is none here"),
-        (["--output-dir", "FILE/below"], "cannot be written"),
         (["--report", "--output-dir", "EMPTY"], "train first, and give the same"),
     ],
 )

@@ -40,6 +40,7 @@ def test_classifier_labels_texts_as_in_training(checkpoint):
 def test_of_a_text_of_10000_words_the_end_is_read(checkpoint):
     trained = rnn.load_checkpoint(checkpoint("classifier"))
     end = "plot was superb while nobody waits " * 40
+    assert rnn.main(["--predict", str(checkpoint("classifier")), "boring " * 10_000]) == 0
     (long,), (short,) = trained.predict("boring " * 10_000 + end), trained.predict(end)
     assert trained.max_words == 200 and long == short
 
@@ -73,7 +74,7 @@ def test_forecaster_feeds_back_and_speaks_the_units_of_the_series(checkpoint):
     assert forecast == pytest.approx(again, rel=1e-5)
     assert trained.predict(values[-50:]) == pytest.approx(trained.predict(values)), "the last window is read"
     assert np.isfinite(trained.predict([1.0, 2.0])).all(), "a shorter series is read whole"
-    for wrong in ([], [1.0, np.nan], [[1.0]]):
+    for wrong in ([], [1.0, np.nan], [[1.0]], 5.0, ["a"], [[1.0], [1.0, 2.0]]):
         with pytest.raises(rnn.InputError, match="one or more finite values"):
             trained.predict(wrong)
 
@@ -179,20 +180,22 @@ def change(content, *path, to):
 @pytest.mark.parametrize(
     ("task", "path", "to", "message"),
     [
-        ("classifier", ["format"], 99, "its format is 99, this script's is"),
-        ("classifier", ["task"], "chess", "chess"),
-        ("classifier", ["model"], "Transformer", "Transformer"),
+        ("classifier", ["format"], 99, "its format 99 is newer than this script's"),
+        ("classifier", ["format"], 1, "its format 1 is older than this script's"),
+        ("classifier", ["task"], "chess", "it is for a task 'chess'"),
+        ("classifier", ["model"], "Transformer", "it is a model 'Transformer'"),
         ("classifier", ["arguments", "n_layers"], 10**9, "more than 100 layers"),
         ("classifier", ["arguments", "vocab_size"], 10**12, "its weights do not fit its model"),
         ("classifier", ["arguments", "hidden_dim"], 5, "its weights do not fit its model"),
-        ("classifier", ["arguments", "colour"], 5, "colour"),
+        ("classifier", ["arguments", "colour"], 5, "damaged, or something else"),
         ("classifier", ["weights"], {}, "its weights do not fit its model"),
         ("classifier", ["decoding", "labels"], ["a"], "not two labels"),
         ("classifier", ["decoding", "max_words"], 0, "max_words is 0"),
         ("predictor", ["decoding", "vocabulary"], ["<pad>", "<unk>", "a"], "3 words for"),
         ("predictor", ["decoding", "window"], 0, "window is 0"),
+        ("predictor", ["decoding", "window"], 5.5, "window is 5.5"),
         ("forecaster", ["decoding", "scaler", "std"], 0.0, "a scaler that is not"),
-        ("forecaster", ["decoding"], {}, "window"),
+        ("forecaster", ["decoding"], {}, "damaged, or something else"),
     ],
 )
 def test_the_content_of_a_checkpoint_is_checked(task, path, to, message, checkpoint, tmp_path):
