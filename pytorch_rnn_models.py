@@ -1581,8 +1581,8 @@ FORECASTER = Task(
     score=partial(per_example, F.l1_loss),
     answer=lambda output: output[:, 0],  # next value, standardised
     metrics=(
-        Metric("mse", "MSE (series units²)", "loss", ".4g", unit_power=2),
-        Metric("mae", "MAE (series units)", "score", ".4g", unit_power=1),
+        Metric("mse", "MSE (series units²)", "loss", "#.4g", unit_power=2),
+        Metric("mae", "MAE (series units)", "score", "#.4g", unit_power=1),
     ),
 )
 TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
@@ -2504,8 +2504,8 @@ def scores_table(records: Sequence[Mapping]) -> pd.DataFrame:
 
 def plus_minus(mean: float, std: float, form: str) -> str:
     """'76.1 % ± 1.2': a mean with its standard deviation, if there is one."""
-    number = format(mean, form).replace("%", " %")
-    return number if math.isnan(std) else f"{number} ± {format(std, form.replace('4g', '2g')).rstrip('%')}"
+    number = format(mean, form).replace("%", " %").rstrip(".")  # of 1234. at four digits
+    return number if math.isnan(std) else f"{number} ± {format(std, form.replace('4g', '2g')).rstrip('%.')}"
 
 
 def performance_table(records: Sequence[Mapping], task: Task) -> pd.DataFrame:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,6 +31,17 @@ def quick_run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("quick")
     assert rnn.main(["--quick", "--output-dir", str(directory)]) == 0
     return directory
+
+
+def leave_out_figures(monkeypatch):
+    """Make every figure an empty one: drawing them takes longer than a tiny run."""
+    for name in [name for name in dir(rnn) if name.endswith("_figure")]:
+        monkeypatch.setattr(rnn, name, lambda *_: Figure(layout="constrained"))
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    leave_out_figures(monkeypatch)
 
 
 def new_model(task, name, data, seed=0, **changes):

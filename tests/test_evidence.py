@@ -65,7 +65,7 @@ def test_matched_models_have_the_lstms_recurrent_parameters_within_2_percent(tas
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
 
 
-def test_match_params_adds_its_rows_to_the_equal_hidden_size_ones(tmp_path):
+def test_match_params_adds_its_rows_to_the_equal_hidden_size_ones(tmp_path, no_figures):
     arguments = ["--quick", "--tasks", "forecaster", "--models", "RNN", "--output-dir", str(tmp_path)]
     assert rnn.main(arguments) == 0
     assert rnn.main([*arguments, "--match", "params"]) == 0

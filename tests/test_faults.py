@@ -1,6 +1,5 @@
 """Nothing lost: killed, interrupted and side-by-side runs, damaged records, folders that cannot be written."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -16,7 +15,7 @@ import pandas as pd
 import pytest
 
 import pytorch_rnn_models as rnn
-from conftest import ROOT
+from conftest import ROOT, leave_out_figures
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups of POSIX")
 TINY = ["--quick", "--tasks", "forecaster", "--seeds", "1", "2"]
@@ -65,7 +64,9 @@ def group_is_gone(process):
 def undisturbed(tmp_path_factory):
     """The output folder of a tiny run that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert rnn.main([*TINY, "--output-dir", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        leave_out_figures(monkeypatch)
+        assert rnn.main([*TINY, "--output-dir", str(folder)]) == 0
     return folder
 
 
@@ -93,7 +94,7 @@ def test_killed_at_20_random_moments_and_resumed_it_ends_as_if_undisturbed(undis
     assert len(records(folder)) == 6 and not leftovers(folder)
 
 
-def test_resume_trains_only_what_is_missing_and_names_what_does_not_count(undisturbed, tmp_path, capsys):
+def test_resume_trains_only_what_is_missing_and_names_what_does_not_count(undisturbed, tmp_path, capsys, no_figures):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     runs = tmp_path / "runs"
     (runs / "forecaster_RNN_seed1.json").unlink()
@@ -152,7 +153,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     wait_for(lambda: group_is_gone(process), seconds=15)
 
 
-def test_a_worker_that_is_killed_fails_its_run_only(tmp_path, capsys):
+@pytest.mark.slow
+def test_a_worker_that_is_killed_fails_its_run_only(tmp_path, capsys, no_figures):
     def kill_a_worker():
         wait_for(lambda: records(tmp_path))
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -211,7 +213,7 @@ def test_a_folder_that_vanishes_ends_the_run_in_one_line(workers, tmp_path, caps
     assert not any("Traceback" in line for line in error) and not multiprocessing.active_children()
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch, no_figures):
     def nearly_full(path, content):
         if len(records(tmp_path)) == 2:
             raise OSError(28, "No space left on device", str(path))
@@ -221,12 +223,12 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_finished(tmp_pat
     monkeypatch.setattr(rnn, "write_whole", nearly_full)
     assert rnn.main([*TINY, "--output-dir", str(tmp_path)]) == 1
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.undo()
+    monkeypatch.setattr(rnn, "write_whole", honest)
     assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 0
     assert len(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")) == 2
 
 
-def test_a_figure_that_cannot_be_drawn_costs_nothing_else(undisturbed, tmp_path, capsys, monkeypatch):
+def test_a_figure_that_cannot_be_drawn_costs_nothing_else(undisturbed, tmp_path, capsys, monkeypatch, no_figures):
     def broken(_records):
         raise ZeroDivisionError("no such luck")
 
@@ -263,12 +265,3 @@ def test_a_record_survives_no_change_of_a_byte(undisturbed, tmp_path):
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
         assert record == rnn.read_record(source), "a change that means nothing, as of a space"
-
-
-def test_workers_tell_of_their_progress_and_lines_name_their_runs(undisturbed, tmp_path, capfd):
-    assert rnn.main([*TINY, *TWO, "--models", "RNN", "--output-dir", str(tmp_path)]) == 0
-    lines = [line for line in capfd.readouterr().err.splitlines() if "epoch" in line]
-    for seed in (1, 2):
-        assert sum(line.startswith(f"forecaster RNN seed {seed}  epoch ") for line in lines) == 2
-    assert json.loads(records(tmp_path)[0].read_text())["format"] == rnn.RECORD_FORMAT
-    assert Path(tmp_path / "models" / "forecaster_RNN_seed1.pt").exists()

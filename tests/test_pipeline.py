@@ -100,7 +100,7 @@ def test_checkpoints_give_the_outputs_of_the_run(quick_run):
         assert trained.metrics == record["test"] and type(trained) is task.in_use
 
 
-def test_one_model_alone_repeats_its_row_of_the_full_run(quick_run, tmp_path):
+def test_one_model_alone_repeats_its_row_of_the_full_run(quick_run, tmp_path, no_figures):
     arguments = ["--quick", "--tasks", "predictor", "--models", "GRU", "--output-dir", str(tmp_path)]
     assert rnn.main(arguments) == 0
     alone = pd.read_csv(tmp_path / "pytorch_rnn_runs.csv").drop(columns="seconds")
@@ -109,8 +109,9 @@ def test_one_model_alone_repeats_its_row_of_the_full_run(quick_run, tmp_path):
     pd.testing.assert_frame_equal(alone, expected, check_exact=True, check_dtype=False)
 
 
-def test_the_number_of_workers_changes_nothing(quick_run, tmp_path):
+def test_the_number_of_workers_changes_nothing(quick_run, tmp_path, no_figures, capfd):
     assert rnn.main(["--quick", "--tasks", "predictor", "--workers", "2", "--output-dir", str(tmp_path)]) == 0
+    error = capfd.readouterr().err
     for name in (name for name in RUNS if name.startswith("predictor")):
         parallel, alone = (json.loads((d / "runs" / f"{name}.json").read_text()) for d in (tmp_path, quick_run))
         for record in (parallel, alone):
@@ -118,9 +119,11 @@ def test_the_number_of_workers_changes_nothing(quick_run, tmp_path):
             for row in record["history"]:
                 del row["seconds"]
         assert parallel == alone
+        label = "{task} {model} seed {seed}  epoch ".format(**alone)
+        assert error.count(label) == 2, "workers tell of their progress"
 
 
-def test_runs_that_fail_in_workers_are_named_and_the_others_go_on(capsys, tmp_path, monkeypatch):
+def test_runs_that_fail_in_workers_are_named_and_the_others_go_on(capsys, tmp_path, monkeypatch, no_figures):
     bad = replace(rnn.QUICK.forecaster, training=rnn.Training(epochs=1, learning_rate=1e30))
     monkeypatch.setattr(rnn, "QUICK", replace(rnn.QUICK, forecaster=bad))
     arguments = ["--quick", "--tasks", "predictor", "forecaster", "--models", "RNN", "GRU", "--seeds", "7"]
@@ -141,7 +144,7 @@ def test_report_is_made_from_the_records_alone(quick_run, tmp_path):
         assert (tmp_path / name).read_bytes() == (quick_run / name).read_bytes()
 
 
-def test_seeds_run_later_are_added_to_the_earlier_ones(tmp_path):
+def test_seeds_run_later_are_added_to_the_earlier_ones(tmp_path, no_figures):
     arguments = ["--quick", "--tasks", "forecaster", "--models", "RNN", "GRU", "--output-dir", str(tmp_path)]
     assert rnn.main([*arguments, "--seeds", "5"]) == 0
     assert rnn.main([*arguments, "--seeds", "3"]) == 0
@@ -169,7 +172,7 @@ def test_a_file_that_is_no_record_is_named_and_left_out(quick_run, tmp_path, cap
     )
 
 
-def test_terminal_output(capsys, tmp_path):
+def test_terminal_output(capsys, tmp_path, no_figures):
     assert rnn.main(["--quick", "--tasks", "forecaster", "--output-dir", str(tmp_path)]) == 0
     printed, progress = capsys.readouterr()
     assert all(word in printed for word in ("Time-series forecasting", "persistence", "recurrent", str(tmp_path)))
@@ -191,7 +194,8 @@ def test_bars_fit_a_terminal_of_80_columns(tmp_path):
     import struct
     import termios
 
-    script = f"import sys, pytorch_rnn_models as rnn; sys.exit(rnn.main({ONE_RUN!r} + [{str(tmp_path)!r}]))"
+    script = "import sys, pytorch_rnn_models as rnn; rnn.write_report = lambda *_: []; "
+    script += f"sys.exit(rnn.main({ONE_RUN!r} + [{str(tmp_path)!r}]))"
     parent, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=terminal)
@@ -241,7 +245,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path
     assert error.startswith("pytorch_rnn_models.py: ") and error.count("\n") == 1
 
 
-def test_a_failed_run_is_status_1_and_keeps_what_was_finished(capsys, tmp_path, monkeypatch):
+def test_a_failed_run_is_status_1_and_keeps_what_was_finished(capsys, tmp_path, monkeypatch, no_figures):
     bad = replace(rnn.QUICK.forecaster, training=rnn.Training(epochs=1, learning_rate=1e30))
     monkeypatch.setattr(rnn, "QUICK", replace(rnn.QUICK, forecaster=bad))
     assert rnn.main(["--quick", "--tasks", "predictor", "forecaster", "--output-dir", str(tmp_path)]) == 1
