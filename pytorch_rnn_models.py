@@ -1796,8 +1796,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def remove_leftovers(output_dir: Path) -> None:
     """Delete the temporary files of processes of this machine that were killed while they wrote."""
     for path in [*output_dir.glob(".*.tmp"), *output_dir.glob("*/.*.tmp")]:
-        *_, host, pid, _ = path.name.rsplit(".", 3)
-        if host == HOST and (int(pid) == os.getpid() or not is_running(int(pid))):
+        ours = re.fullmatch(rf"\..+\.{re.escape(HOST)}\.([0-9]+)\.tmp", path.name)
+        if ours and (int(ours[1]) == os.getpid() or not is_running(int(ours[1]))):
             path.unlink(missing_ok=True)
 
 
@@ -2505,6 +2505,7 @@ def scores_table(records: Sequence[Mapping]) -> pd.DataFrame:
 def plus_minus(mean: float, std: float, form: str) -> str:
     """'76.1 % ± 1.2': a mean with its standard deviation, if there is one."""
     number = format(mean, form).replace("%", " %").rstrip(".")  # of 1234. at four digits
+    std = 0.0 if std < 1e-12 * abs(mean) else std  # the rounding errors of equal values
     return number if math.isnan(std) else f"{number} ± {format(std, form.replace('4g', '2g')).rstrip('%.')}"
 
 
