@@ -3231,7 +3231,7 @@ def benchmark(options: argparse.Namespace, config: Config, device: torch.device)
     check_writable(options.output_dir)
     jobs = [(task, name, options.seeds[0]) for task in options.tasks for name in model_names(options)]
     print("measuring; this takes about a minute on an idle machine", file=sys.stderr)
-    costs, _ = all_costs(jobs, config, device, **({} if options.quick else {"steps": 10, "rounds": 9}))
+    costs, _ = all_costs(jobs, config, device, **({} if options.quick else {"steps": 5, "rounds": 20}))
     rows = [{"task": task, "model": name} | cost for task, by_name in costs.items() for name, cost in by_name.items()]
     table = pd.DataFrame(rows).drop(columns="activation_bytes")
     write_whole(options.output_dir / "pytorch_rnn_benchmark.csv", table.to_csv(index=False))
