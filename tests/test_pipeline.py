@@ -135,6 +135,16 @@ def test_runs_that_fail_in_workers_are_named_and_the_others_go_on(capsys, tmp_pa
     assert not multiprocessing.active_children()
 
 
+def test_benchmark_prints_and_writes_the_loop_beside_the_bare_one(tmp_path, capsys):
+    arguments = ["--quick", "--benchmark", "--tasks", "predictor", "--models", "RNN", "GRU", "--output-dir"]
+    assert rnn.main([*arguments, str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "pytorch_rnn_benchmark.csv")
+    columns = "ms_per_step,samples_per_second,bare_ms_per_step,bare_samples_per_second,overhead,kernel"
+    assert list(table) == ["task", "model", *columns.split(",")] and table["model"].tolist() == ["RNN", "GRU"]
+    assert re.search(r"predictor +GRU .*[+-][\d.]+% +generic", capsys.readouterr().out)
+    assert not list((tmp_path / "runs").iterdir()), "nothing is trained"
+
+
 def test_report_is_made_from_the_records_alone(quick_run, tmp_path):
     (tmp_path / "runs").mkdir()
     for path in (quick_run / "runs").iterdir():
