@@ -1,5 +1,6 @@
 """Nothing lost: killed, interrupted and side-by-side runs, damaged records, folders that cannot be written."""
 
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +40,8 @@ def records(folder):
 
 
 def start(*arguments):
-    """The script in a process group of its own."""
-    command = [sys.executable, str(ROOT / "pytorch_rnn_models.py"), *map(str, arguments)]
+    """The script, with empty figures, in a process group of its own."""
+    command = [sys.executable, str(ROOT / "tests" / "without_figures.py"), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 
@@ -73,25 +75,36 @@ def undisturbed(tmp_path_factory):
 # --- killed, interrupted, ended -------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_killed_at_20_random_moments_and_resumed_it_ends_as_if_undisturbed(undisturbed, tmp_path):
-    rng, kills, begin = np.random.default_rng(0), 0, time.monotonic()
-    start(*TINY, *TWO, "--output-dir", tmp_path / "timing").communicate()
-    duration, folder = time.monotonic() - begin, tmp_path / "0"
-    while kills < 20:
-        process = start(*TINY, *TWO, "--resume", "--output-dir", folder)
+def kill_and_resume(folder, workers, kills, expected):
+    """Start, kill the whole process group at a random moment, resume, and so on; the last one is let finish."""
+    rng, command = np.random.default_rng(workers), [*TINY, "--workers", workers, "--resume", "--output-dir"]
+    begin = time.monotonic()
+    assert start(*command, folder / "timing").wait() == 0
+    duration, fresh = time.monotonic() - begin, itertools.count()
+    current = folder / str(next(fresh))
+    while kills:
+        process = start(*command, current)
         try:
-            process.communicate(timeout=rng.uniform(0.25, 1.0) * duration)
+            process.wait(timeout=rng.uniform(0.2, 0.6) * duration)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            kills += 1
+            process.wait()
+            kills -= 1
         else:  # it came to its end: begin anew
-            assert process.returncode == 0 and tables(folder) == tables(undisturbed)
-            folder = tmp_path / str(kills)
-    assert start(*TINY, *TWO, "--resume", "--output-dir", folder).wait() == 0
-    assert tables(folder) == tables(undisturbed)
-    assert len(records(folder)) == 6 and not leftovers(folder)
+            assert process.returncode == 0 and tables(current) == expected
+            current = folder / str(next(fresh))
+    assert start(*command, current).wait() == 0
+    assert tables(current) == expected
+    assert len(records(current)) == 6 and not leftovers(current)
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments_and_resumed_it_ends_as_if_undisturbed(undisturbed, tmp_path):
+    expected = tables(undisturbed)
+    with ThreadPoolExecutor() as pool:
+        chains = [pool.submit(kill_and_resume, tmp_path / str(n), n, 10, expected) for n in (1, 2)]
+        for chain in chains:
+            chain.result()
 
 
 def test_resume_trains_only_what_is_missing_and_names_what_does_not_count(undisturbed, tmp_path, capsys, no_figures):
