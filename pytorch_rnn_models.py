@@ -2138,7 +2138,8 @@ def run_in_workers(
     The processes are kept for the next runs. One that dies fails the run that it had, and is replaced. All have
     ended when this returns or raises.
     """
-    os.environ |= KEEP_MEMORY
+    for name, value in KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)
     spawn, waiting, crew, failures = multiprocessing.get_context("spawn"), deque(jobs), {}, {}
     free = list(range(workers))[::-1]
     try:
