@@ -39,10 +39,16 @@ def records(folder):
     return list((folder / "runs").glob("*.json"))
 
 
+def hear_interrupts():
+    """A shell makes what it starts in the background deaf to Ctrl-C, and its children with it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(*arguments):
     """The script, with empty figures, in a process group of its own."""
     command = [sys.executable, str(ROOT / "tests" / "without_figures.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
+    return subprocess.Popen(command, preexec_fn=hear_interrupts, **options)
 
 
 def wait_for(condition, seconds=60.0):
