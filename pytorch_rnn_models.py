@@ -966,8 +966,13 @@ class NGram:
             grams, counts = np.unique(window_codes(grams, vocab_size), return_counts=True)
             contexts, starts = np.unique(grams // vocab_size, return_index=True)
             totals, distinct = np.add.reduceat(counts, starts), np.diff(starts, append=len(grams))
-            self.levels.append({"grams": grams, "counts": counts, "contexts": contexts, "starts": starts})
+            self.levels.append({"grams": grams, "counts": counts, "contexts": contexts})
             self.levels[n] |= {"totals": totals, "distinct": distinct}
+            followed, words = np.divmod(grams, vocab_size)
+            columns = [followed // vocab_size**i % vocab_size for i in reversed(range(n))]
+            histories = np.stack(columns, axis=1) if n else np.zeros((len(words), 0), dtype=int)
+            order = np.lexsort((words, -self.rank(histories, words), followed))  # within a context, the likeliest first
+            self.levels[n]["best"] = words[order[starts]]
 
     def probability(self, contexts: np.ndarray, words: np.ndarray) -> np.ndarray:
         """P(word | context) for each row (N,), mixing every order down to the uniform distribution."""
@@ -983,12 +988,8 @@ class NGram:
     def likeliest(self, contexts: np.ndarray) -> np.ndarray:
         """The known word (N,) of highest probability: one seen after the context, or the likeliest of a shorter one."""
         n, level = contexts.shape[1], self.levels[contexts.shape[1]]
-        followed, words = np.divmod(level["grams"], self.vocab_size)
-        columns = [followed // self.vocab_size**i % self.vocab_size for i in reversed(range(n))]
-        histories = np.stack(columns, axis=1) if n else np.zeros((len(words), 0), dtype=int)
-        order = np.lexsort((words, -self.rank(histories, words), followed))  # within a context, the likeliest first
         row, known = find(window_codes(contexts, self.vocab_size), level["contexts"])
-        best = words[order[level["starts"]]][row]
+        best = level["best"][row]
         if not n:
             return best
         shorter = self.likeliest(contexts[:, 1:])
@@ -2076,15 +2077,30 @@ def run_here(jobs: Sequence[Job], train_one: Callable, progress: Progress) -> di
     """Train one run after the other in this process; returns what went wrong, by run."""
     failures = {}
     for job in jobs:
-        try:
-            train_one(job, partial(progress.update, 0, job))
-        except (RuntimeError, MemoryError) as error:  # diverged, or out of memory
-            failures[job] = describe_failure(error)
+        failures |= judged(job, attempt(job, train_one, partial(progress.update, 0, job)))
         progress.finish(0, job)
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
     return failures
+
+
+def attempt(job: Job, train_one: Callable, tell: Callable) -> Exception | None:
+    """Train a run; returns what went wrong."""
+    try:
+        train_one(job, tell)
+    except Exception as error:
+        return error
+    return None
+
+
+def judged(job: Job, error: Exception | None) -> dict[Job, str]:
+    """The run with what went wrong, if its loss diverged or it ran out of memory; any other error is raised."""
+    if isinstance(error, (RuntimeError, MemoryError)):
+        return {job: describe_failure(error)}
+    if error:
+        raise error
+    return {}
 
 
 def describe_failure(error: BaseException) -> str:
@@ -2106,15 +2122,6 @@ def work(connection: Connection, train_one: Callable, device: torch.device) -> N
         for job in iter(connection.recv, None):
             connection.send((None, attempt(job, train_one, lambda *news: connection.send(news))))
             gc.collect()
-
-
-def attempt(job: Job, train_one: Callable, tell: Callable) -> Exception | None:
-    """Train a run; returns what went wrong, for the parent to judge, without the run's variables."""
-    try:
-        train_one(job, tell)
-    except Exception as error:
-        return error.with_traceback(None)
-    return None
 
 
 @contextmanager
@@ -2166,10 +2173,7 @@ def run_in_workers(
                 if batches is not None:
                     progress.update(slot, job, batches, news)
                     continue
-                if isinstance(news, (RuntimeError, MemoryError)):  # diverged, or out of memory
-                    failures[job] = describe_failure(news)
-                elif news:
-                    raise news
+                failures |= judged(job, news)
                 progress.finish(slot, job)
                 crew[connection] = process, slot, hand_out(waiting, connection)
     finally:
