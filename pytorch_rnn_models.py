@@ -52,12 +52,13 @@ import threading
 import time
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import combinations
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
@@ -72,7 +73,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
@@ -226,8 +227,7 @@ class Config:
 
     def with_epochs(self, epochs: int) -> Config:
         """The same experiment with another cap on the number of epochs."""
-        parts = {name: getattr(self, name) for name in ("classifier", "predictor", "forecaster")}
-        return Config(**{k: replace(v, training=replace(v.training, epochs=epochs)) for k, v in parts.items()})
+        return Config(**{k: replace(v, training=replace(v.training, epochs=epochs)) for k, v in vars(self).items()})
 
 
 QUICK = Config(
@@ -244,7 +244,7 @@ PAD, UNK = "<pad>", "<unk>"  # the words of id 0 and id 1
 WORDS = re.compile(r"\w+(?:'\w+)*")  # letters of any script, digits, apostrophes between them
 WORDS_AND_ENDS = re.compile(rf"{UNK}|{WORDS.pattern}|[.!?](?=[\s\"')\]”’»]|$)")  # a sentence's end is a word
 TRAIN_SHARE, VALIDATION_SHARE = 0.70, 0.15  # the rest is the test split
-MOST_WINDOWS = 50_000  # of a corpus in a validation or test split: more would hardly narrow an interval
+MOST_WINDOWS = 50_000  # beyond these, a corpus's evaluation windows and the rows of least squares are thinned
 
 
 def random_generator(seed: int, purpose: str) -> np.random.Generator:
@@ -265,7 +265,7 @@ class Reference:
     kind: str  # "baseline" or "ceiling"
     loss: np.ndarray  # (N,)
     score: np.ndarray  # (N,)
-    remark: str = ""  # why it can win, to follow its name
+    remark: str = ""  # why it can do well here
 
 
 @dataclass(frozen=True)
@@ -412,7 +412,7 @@ class Vocabulary:
 
 def tokenize(text: str, pattern: re.Pattern) -> list[str]:
     """Lower-case words, those that `pattern` finds; interned, so that a long text holds each of them once."""
-    return [sys.intern(found[0]) for found in pattern.finditer(text.lower().replace("’", "'"))]
+    return [sys.intern(word) for word in pattern.findall(text.lower().replace("’", "'"))]
 
 
 def three_parts(n: int) -> tuple[slice, slice, slice]:
@@ -442,14 +442,6 @@ def read_bytes(path: str | Path) -> bytes:
     if not content.strip():
         raise InputError(f"{path}: the file is empty")
     return content
-
-
-def is_file(path: str | Path) -> bool:
-    """Whether there is a file of that name, which may be any text."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a null character
-        return False
 
 
 def decode(content: bytes, source: str | Path) -> str:
@@ -593,14 +585,11 @@ NAME_TAILS = """acre bank beck berg bourne bridge brook burn bury by church clif
 
 def draw_surnames(n: int, rng: np.random.Generator) -> list[str]:
     """Invented surnames, Zipf-distributed: the r-th most famous has a probability in proportion to 1 / r."""
-    heads, middles, tails = len(NAME_HEADS), len(NAME_MIDDLES), len(NAME_TAILS)
-    size = heads * middles * tails
+    shape = len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS)
+    size = math.prod(shape)
     fame = (size ** rng.random(n)).astype(int) - 1  # a log-uniform rank is Zipf-distributed
-    order = fame * 7919 % size  # a prime: neighbours in fame do not look alike
-    return [
-        (NAME_HEADS[i % heads] + NAME_MIDDLES[i // heads % middles] + NAME_TAILS[i // heads // middles]).title()
-        for i in order.tolist()
-    ]
+    parts = np.unravel_index(fame * 7919 % size, shape)  # a prime: neighbours in fame do not look alike
+    return [(NAME_HEADS[i] + NAME_MIDDLES[j] + NAME_TAILS[k]).title() for k, j, i in zip(*parts)]
 
 
 @dataclass(frozen=True)
@@ -966,13 +955,13 @@ class NGram:
             grams, counts = np.unique(window_codes(grams, vocab_size), return_counts=True)
             contexts, starts = np.unique(grams // vocab_size, return_index=True)
             totals, distinct = np.add.reduceat(counts, starts), np.diff(starts, append=len(grams))
-            self.levels.append({"grams": grams, "counts": counts, "contexts": contexts})
-            self.levels[n] |= {"totals": totals, "distinct": distinct}
+            level = {"grams": grams, "counts": counts, "contexts": contexts, "totals": totals, "distinct": distinct}
+            self.levels.append(level)
             followed, words = np.divmod(grams, vocab_size)
             columns = [followed // vocab_size**i % vocab_size for i in reversed(range(n))]
             histories = np.stack(columns, axis=1) if n else np.zeros((len(words), 0), dtype=int)
-            order = np.lexsort((words, -self.rank(histories, words), followed))  # within a context, the likeliest first
-            self.levels[n]["best"] = words[order[starts]]
+            likeliest_first = np.lexsort((words, -self.rank(histories, words), followed))  # within each context
+            level["best"] = words[likeliest_first[starts]]
 
     def probability(self, contexts: np.ndarray, words: np.ndarray) -> np.ndarray:
         """P(word | context) for each row (N,), mixing every order down to the uniform distribution."""
@@ -1465,7 +1454,11 @@ class TrainedForecaster(Trained):
     def answer(self, text: str, options: argparse.Namespace) -> str:
         """What the command line prints: the next values of the series in a CSV text, as CSV."""
         forecasts = self.predict(parse_series(text, "the series", options.series_column or ""), options.length)
-        return pd.DataFrame({"step": range(1, len(forecasts) + 1), "value": forecasts}).to_csv(index=False).rstrip()
+        return (
+            pd.DataFrame({"step": range(1, len(forecasts) + 1), "value": forecasts})
+            .to_csv(index=False, lineterminator="\n")
+            .rstrip()
+        )
 
 
 # ======================================================================================
@@ -1509,12 +1502,13 @@ class Task:
     score: Callable[[Tensor, Tensor], Tensor]  # (output, target) -> (B,); reported beside the loss
     answer: Callable[[Tensor], Tensor]  # output -> (B,): what the model says, for the record
     metrics: Sequence[Metric]  # the first is the one that the models are judged by
-    hard_cases: tuple[str, str, int] | None = None  # (what they are, the note that tells, from which value on)
+    hard_cases: tuple[str, str, int] = ("", "", 0)  # (what they are, the note that tells, from which value on)
 
-    def measure(self, loss: float, score: float, unit: float = 1.0) -> dict[str, float]:
-        """The task's metrics from the means of its loss and its score."""
-        means = {"loss": loss, "score": score}
-        return {m.name: m.transform(means[m.source]) * unit**m.unit_power for m in self.metrics}
+    def measure(self, loss: np.ndarray | float, score: np.ndarray | float, unit: float) -> dict[str, float]:
+        """Mean loss and the task's metrics, from a loss and a score per example (N,) or from their means."""
+        means = {"loss": float(np.mean(loss)), "score": float(np.mean(score))}
+        metrics = {m.name: m.transform(means[m.source]) * unit**m.unit_power for m in self.metrics}
+        return {"loss": means["loss"]} | metrics
 
 
 def per_example(loss: Callable[..., Tensor], output: Tensor, target: Tensor) -> Tensor:
@@ -1587,7 +1581,7 @@ FORECASTER = Task(
     ),
 )
 TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
-MODEL_NAMES = ("RNN", "LSTM", "GRU")
+MODEL_NAMES = tuple(CLASSIFIER.models)
 
 # ======================================================================================
 # 6. Training
@@ -1609,6 +1603,9 @@ class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
 
 
+Tell = Callable[[dict | None], object]  # called with None after each batch and with each epoch's row of the history
+
+
 class EarlyStopping:
     """Tells the best epoch so far and when `patience` epochs have passed without a new one."""
 
@@ -1627,64 +1624,54 @@ class EarlyStopping:
         return self.bad_epochs >= self.patience
 
 
-def as_fetched(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The DataLoader's collate function: `BatchDataset` fetches batches that are whole already."""
-    return batch
-
-
 def new_loader(dataset: BatchDataset, batches: Sampler | Sequence[np.ndarray]) -> DataLoader:
-    """Whole batches of `dataset`, in the order of `batches`."""
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=as_fetched)
+    """Batches of `dataset` in the order of `batches`; it fetches them whole, so nothing is left to collate."""
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=lambda batch: batch)
 
 
-def new_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+def new_optimizer(model: nn.Module, training: Training) -> optim.Optimizer:
     """Adam (Kingma & Ba 2015) with the settings of `training`."""
-    return torch.optim.Adam(
-        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
-    )
+    return optim.Adam(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
 
 
 def train_step(
-    model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], training: Training
-) -> Tensor:
-    """One update; returns the sums of the batch's losses and scores, and the gradient's norm before clipping (3,).
+    model: nn.Module, task: Task, optimizer: optim.Optimizer, batch: tuple[Tensor, Tensor], training: Training
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """One update; returns losses and scores of each micro-batch (b,) and the gradient's norm before clipping ().
 
     The batch is worked through in `accumulate_steps` micro-batches. Each adds its share of the batch's mean
     loss to the gradient, so the update is that of the whole batch.
     """
     inputs, targets = batch
     optimizer.zero_grad(set_to_none=True)
-    losses, scores = [], []
+    results = []
     for x, y in zip(inputs.chunk(training.accumulate_steps), targets.chunk(training.accumulate_steps)):
         output = model(x)
-        loss = task.loss(output, y).sum()
-        (loss / len(inputs)).backward()
-        losses.append(loss.detach())
-        scores.append(task.score(output.detach(), y).sum())
-    norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+        loss = task.loss(output, y)  # (b,), each of which counts one B-th
+        loss.backward(torch.full_like(loss, 1 / len(inputs)))
+        results.append((loss.detach(), task.score(output.detach(), y)))
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], training.clip_norm)
     optimizer.step()
-    return torch.stack([sum(losses), sum(scores), norm])
+    return results, norm
 
 
 def train_epoch(
-    model: nn.Module,
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    loader: DataLoader,
-    training: Training,
-    after_batch: Callable[[], object],
+    model: nn.Module, task: Task, optimizer: optim.Optimizer, loader: DataLoader, training: Training, tell: Tell
 ) -> tuple[float, float, float]:
     """One pass over the training data; returns mean loss, mean score and mean gradient norm before clipping.
 
-    Sums stay on the device until the epoch ends: one transfer an epoch, not three a step.
+    Results stay on the device until the epoch ends: one transfer an epoch, not three a step.
     """
     model.train()
-    total = 0
+    results, norms = [], []
     for batch in loader:
-        total += train_step(model, task, optimizer, batch, training)
-        after_batch()
-    loss, score, norm = total.tolist()
-    return loss / len(loader.dataset), score / len(loader.dataset), norm / len(loader)
+        micro_batches, norm = train_step(model, task, optimizer, batch, training)
+        results += micro_batches
+        norms.append(norm)
+        tell(None)
+    losses, scores = map(torch.cat, zip(*results))
+    loss, score, norm = torch.stack([losses.mean(), scores.mean(), torch.stack(norms).mean()]).tolist()
+    return loss, score, norm
 
 
 def evaluate(model: nn.Module, task: Task, dataset: BatchDataset, batch_size: int = 512) -> dict[str, np.ndarray]:
@@ -1702,37 +1689,8 @@ def evaluate(model: nn.Module, task: Task, dataset: BatchDataset, batch_size: in
     return {name: torch.cat(part).cpu()[places].numpy() for name, part in zip(("loss", "score", "answer"), zip(*parts))}
 
 
-def train_and_validate(
-    model: nn.Module,
-    task: Task,
-    data: TaskData,
-    optimizer: torch.optim.Optimizer,
-    loader: DataLoader,
-    training: Training,
-    after_batch: Callable[[], object],
-) -> dict:
-    """One epoch and what there is to say of it: the row of the history that `fit` describes, less its number."""
-    start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-    loss, score, norm = train_epoch(model, task, optimizer, loader, training, after_batch)
-    validation = evaluate(model, task, data.validation)
-    val_loss, val_score = float(validation["loss"].mean()), float(validation["score"].mean())
-    return {
-        "learning_rate": rate,
-        "gradient_norm": norm,
-        "seconds": time.perf_counter() - start,
-        "train": {"loss": loss} | task.measure(loss, score, data.unit),
-        "validation": {"loss": val_loss} | task.measure(val_loss, val_score, data.unit),
-    }
-
-
 def fit(
-    model: nn.Module,
-    task: Task,
-    data: TaskData,
-    training: Training,
-    seed: int,
-    after_epoch: Callable[[dict], object] = lambda row: None,
-    after_batch: Callable[[], object] = lambda: None,
+    model: nn.Module, task: Task, data: TaskData, training: Training, seed: int, tell: Tell = lambda row: None
 ) -> list[dict]:
     """Train until the validation loss stops falling; leaves the best epoch's weights in `model`.
 
@@ -1743,22 +1701,30 @@ def fit(
     """
     torch.manual_seed(torch_seed(seed, "dropout"))
     optimizer = new_optimizer(model, training)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=training.lr_factor, patience=training.lr_patience
-    )
+    plateau = optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=training.lr_factor, patience=training.lr_patience)
     batches = LengthBuckets(data.train.lengths, training.batch_size, random_generator(seed, "batches"))
     loader = new_loader(data.train, batches)
     stopper, history, best_weights = EarlyStopping(training.patience), [], {}
     for epoch in range(1, training.epochs + 1):
-        row = train_and_validate(model, task, data, optimizer, loader, training, after_batch)
+        start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
+        loss, score, norm = train_epoch(model, task, optimizer, loader, training, tell)
+        validation = evaluate(model, task, data.validation)
+        row = {
+            "epoch": epoch,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "seconds": time.perf_counter() - start,
+            "train": task.measure(loss, score, data.unit),
+            "validation": task.measure(validation["loss"], validation["score"], data.unit),
+        }
         val_loss = row["validation"]["loss"]
-        if not math.isfinite(row["train"]["loss"] + val_loss):
+        if not math.isfinite(loss + val_loss):
             raise TrainingDiverged(
                 f"{type(model).__name__} ({task.name}), seed {seed}: the loss is not finite in epoch {epoch}; try a "
-                f"learning rate below {row['learning_rate']:g} or a clip norm below {training.clip_norm:g}"
+                f"learning rate below {rate:g} or a clip norm below {training.clip_norm:g}"
             )
-        history.append({"epoch": epoch} | row)
-        after_epoch(history[-1])
+        history.append(row)
+        tell(row)
         if stopper.update(val_loss):
             best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
         if stopper.stop:
@@ -1772,7 +1738,7 @@ def fit(
 # 7. Runs
 # ======================================================================================
 
-RECORD_FORMAT = 2  # of records and checkpoints
+RECORD_FORMAT = 3  # of records and checkpoints
 MATCHED = "-matched"  # marks a model whose recurrent parameters match the LSTM's
 HOST = platform.node().replace(".", "-")
 Job = tuple[str, str, int]  # one run: task, model, seed
@@ -1783,7 +1749,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -1821,69 +1787,70 @@ class Reporter:
     def __init__(self, tell: Callable[[int, dict | None], object]) -> None:
         self.tell, self.batches, self.last = tell, 0, 0.0
 
-    def after_batch(self) -> None:
-        """Count a batch."""
-        self.batches += 1
-        if time.monotonic() - self.last > 0.2:
+    def __call__(self, row: dict | None) -> None:
+        self.batches += row is None  # after each batch; after each epoch comes its row
+        if row or time.monotonic() - self.last > 0.2:
             self.last = time.monotonic()
-            self.tell(self.batches, None)
-
-    def after_epoch(self, row: dict) -> None:
-        """Pass on an epoch's row of the history."""
-        self.tell(self.batches, row)
+            self.tell(self.batches, row)
 
 
 class Progress:
     """What the user sees: a bar for everything, with the time left, above one for each run that is being trained.
 
     `expected` holds the seconds and the number of batches of each run if it goes through all its epochs. Where
-    there is neither a terminal nor a notebook, there is a line per epoch instead.
+    there is neither a terminal nor a notebook, there is a line per epoch instead. Runs that failed are named at the
+    end, also when that comes early.
     """
 
-    def __init__(self, expected: Mapping[Job, tuple[float, int]], slots: int) -> None:
+    def __init__(self, expected: Mapping[Job, tuple[float, int]], at_once: int) -> None:
         notebook = any(parent.__module__ == "tqdm.notebook" for parent in tqdm.__mro__)
-        self.expected, self.finished, self.running = expected, 0.0, {}  # running: seconds' worth done, by slot
+        self.expected, self.done, self.failures = expected, {}, {}  # done: seconds' worth of each run
         bar = partial(tqdm, disable=not (notebook or sys.stderr.isatty()), leave=False, dynamic_ncols=True)
         everything = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
         one_run = "{desc} {percentage:3.0f}%{postfix} |{bar}|"
         total = sum(seconds for seconds, _ in expected.values())
         self.overall = bar(total=total, desc="all runs", bar_format=everything, position=0)
-        self.bars = [bar(total=1, bar_format=one_run, position=slot + 1) for slot in range(slots)]
+        self.idle = [bar(total=1, bar_format=one_run, position=place) for place in range(at_once, 0, -1)]
+        self.bars = {}  # of the runs that are being trained
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for bar in (*self.bars, self.overall):
+    def close(self) -> None:
+        """Take the bars away and name the runs that failed."""
+        for bar in (*self.idle, *self.bars.values(), self.overall):
             bar.close()
+        for job, failure in self.failures.items():
+            print("failed: {} {} seed {}: {}".format(*job, failure), file=sys.stderr)
 
-    def update(self, slot: int, job: Job, batches: int, row: Mapping | None) -> None:
+    def update(self, job: Job, batches: int, row: Mapping | None) -> None:
         """Show that a run has come to `batches` batches, and the row of an epoch that it has ended."""
         seconds, total = self.expected[job]
-        self.running[slot] = seconds * batches / total
+        self.done[job] = seconds * batches / total
         if self.overall.disable:
             if row:
                 print(epoch_line(job, row), file=sys.stderr, flush=True)
             return
-        bar, label = self.bars[slot], "{} {} seed {}".format(*job)
+        if job not in self.bars:
+            self.bars[job] = self.idle.pop()
+            self.bars[job].set_description_str("{} {} seed {}".format(*job), refresh=False)
+            self.bars[job].set_postfix_str("", refresh=False)
+        bar = self.bars[job]
         if row:
             bar.set_postfix_str(f"epoch {row['epoch']}, validation loss {row['validation']['loss']:.4f}", refresh=False)
-        elif bar.desc != label:
-            bar.set_description_str(label, refresh=False)
-            bar.set_postfix_str("", refresh=False)
         bar.n, bar.total = batches, total
         bar.refresh()
         self.refresh()
 
-    def finish(self, slot: int, job: Job) -> None:
-        """Count a run as done, however early it stopped."""
-        self.running[slot] = 0.0
-        self.finished += self.expected[job][0]
+    def finish(self, job: Job, failure: str) -> None:
+        """Count a run as done, however early it stopped; `failure` says what went wrong, if anything did."""
+        self.done[job] = self.expected[job][0]
+        if failure:
+            self.failures[job] = failure
+        if job in self.bars:
+            self.idle.append(self.bars.pop(job))
         self.refresh()
 
     def refresh(self) -> None:
         """Move the bar for everything."""
-        self.overall.n = self.finished + sum(self.running.values())
+        self.overall.n = sum(self.done.values())
         self.overall.refresh()
 
 
@@ -1960,8 +1927,7 @@ def train_run(
     own_config = getattr(config, task.name)
     data = cached_data(task.name, own_config, seed).to(device)
     model, arguments = build_model(task, model_name, data.arguments, seed)
-    reporter = Reporter(tell)
-    history = fit(model.to(device), task, data, own_config.training, seed, reporter.after_epoch, reporter.after_batch)
+    history = fit(model.to(device), task, data, own_config.training, seed, Reporter(tell))
     examples = evaluate(model, task, data.test)
     initial = build_model(task, model_name, data.arguments, seed)[0].to(device)
     record = {
@@ -1976,30 +1942,34 @@ def train_run(
         "layers": describe(model, data.train.inputs[:2]),
         "input_shape": list(data.train.inputs.shape[1:]),
         "history": history,
-        "test": measured(task, examples["loss"], examples["score"], data.unit),
+        "test": task.measure(examples["loss"], examples["score"], data.unit),
         "references": [
-            {"name": r.name, "kind": r.kind, "remark": r.remark} | measured(task, r.loss, r.score, data.unit)
+            {
+                "name": r.name,
+                "kind": r.kind,
+                "remark": r.remark,
+                "examples": as_lists({"loss": r.loss, "score": r.score}),
+            }
+            | task.measure(r.loss, r.score, data.unit)
             for r in data.references
         ],
         "facts": dict(data.facts),
         "unit": data.unit,
         "offset": data.offset,
-        "examples": {
-            name: np.round(values.astype(float), 6).tolist() for name, values in {**examples, **data.notes}.items()
-        },
+        "examples": as_lists(examples | data.notes),
         "cost": dict(costs[task.name][model_name]),
         "evidence": evidence(task, model, initial, data),
     }
     name = run_name(*job)
+    path = output_dir / "runs" / f"{name}.json"
+    path.unlink(missing_ok=True)  # one of another configuration must not stand beside this model
     save_checkpoint(output_dir / "models" / f"{name}.pt", model, arguments, record, data)
-    text = json.dumps(record | {"checksum": checksum(record)})
-    write_whole(output_dir / "runs" / f"{name}.json", text)
+    write_whole(path, json.dumps(record | {"checksum": checksum(record)}))
 
 
-def measured(task: Task, loss: np.ndarray, score: np.ndarray, unit: float) -> dict[str, float]:
-    """Mean loss and the task's metrics from a loss and a score per example (N,)."""
-    means = float(loss.mean()), float(score.mean())
-    return {"loss": means[0]} | task.measure(*means, unit)
+def as_lists(examples: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """Values per example as a record holds them."""
+    return {name: np.round(values.astype(float), 6).tolist() for name, values in examples.items()}
 
 
 def checksum(record: Mapping) -> str:
@@ -2040,7 +2010,7 @@ def load_checkpoint(path: str | Path) -> Trained:
     No code in the file is run: torch reads tensors and plain values only, and what it read must be of the form
     that `save_checkpoint` gives it before a model is made of it.
     """
-    if not is_file(path):
+    if not os.path.isfile(path):  # noqa: PTH113 (Path's raises if a name is too long)
         raise InputError(f"{path}: no such file; trained models are in the folder 'models' of an output directory")
     try:
         return trained_from(torch.load(path, map_location="cpu", weights_only=True))
@@ -2073,16 +2043,13 @@ def trained_from(checkpoint: Mapping) -> Trained:
 # --- many runs ------------------------------------------------------------------------
 
 
-def run_here(jobs: Sequence[Job], train_one: Callable, progress: Progress) -> dict[Job, str]:
-    """Train one run after the other in this process; returns what went wrong, by run."""
-    failures = {}
+def run_here(jobs: Sequence[Job], train_one: Callable, progress: Progress) -> None:
+    """Train one run after the other in this process."""
     for job in jobs:
-        failures |= judged(job, attempt(job, train_one, partial(progress.update, 0, job)))
-        progress.finish(0, job)
+        progress.finish(job, judged(attempt(job, train_one, partial(progress.update, job))))
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-    return failures
 
 
 def attempt(job: Job, train_one: Callable, tell: Callable) -> Exception | None:
@@ -2094,13 +2061,11 @@ def attempt(job: Job, train_one: Callable, tell: Callable) -> Exception | None:
     return None
 
 
-def judged(job: Job, error: Exception | None) -> dict[Job, str]:
-    """The run with what went wrong, if its loss diverged or it ran out of memory; any other error is raised."""
-    if isinstance(error, (RuntimeError, MemoryError)):
-        return {job: describe_failure(error)}
-    if error:
+def judged(error: Exception | None) -> str:
+    """What went wrong in a run, if its loss diverged or it ran out of memory; any other error is raised."""
+    if error and not isinstance(error, (RuntimeError, MemoryError)):
         raise error
-    return {}
+    return describe_failure(error) if error else ""
 
 
 def describe_failure(error: BaseException) -> str:
@@ -2125,63 +2090,68 @@ def work(connection: Connection, train_one: Callable, device: torch.device) -> N
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block; processes that are started in it never hear of it."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+def signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block; processes that are started in it never hear of Ctrl-C."""
+    came, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():  # only there can a signal be listened to
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda number, _frame: came.append(number))
+    if posix := hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # else the first process starts it, and that takes the mask away
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children inherit it
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if posix:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def run_in_workers(
     jobs: Sequence[Job], train_one: Callable, progress: Progress, device: torch.device, workers: int
-) -> dict[Job, str]:
-    """Train `workers` runs at a time, each in a process of its own; returns what went wrong, by run.
+) -> None:
+    """Train `workers` runs at a time, each in a process of its own.
 
     The processes are kept for the next runs. One that dies fails the run that it had, and is replaced. All have
     ended when this returns or raises.
     """
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
-    spawn, waiting, crew, failures = multiprocessing.get_context("spawn"), deque(jobs), {}, {}
-    free = list(range(workers))[::-1]
+    spawn, waiting, crew = multiprocessing.get_context("spawn"), deque(jobs), {}
     try:
         while waiting or crew:
-            while waiting and free:
-                with interrupts_held():
+            while waiting and len(crew) < workers:
+                with signals_held():
                     connection, theirs = spawn.Pipe()
                     process = spawn.Process(target=work, args=(theirs, train_one, device), daemon=True)
                     process.start()
                     theirs.close()
-                    crew[connection] = process, free.pop(), hand_out(waiting, connection)
+                    crew[connection] = process, hand_out(waiting, connection)
             for connection in wait_for_any(list(crew)):
-                process, slot, job = crew[connection]
+                process, job = crew[connection]
                 try:
                     batches, news = connection.recv()
                 except (EOFError, OSError):  # it has ended, as told to or not
                     process.join()
                     del crew[connection]
-                    free.append(slot)
                     if job:
-                        failures[job] = f"its process ended with status {process.exitcode}; killed, or out of memory?"
-                        progress.finish(slot, job)
+                        progress.finish(
+                            job, f"its process ended with status {process.exitcode}; killed, or out of memory?"
+                        )
                     continue
-                if batches is not None:
-                    progress.update(slot, job, batches, news)
-                    continue
-                failures |= judged(job, news)
-                progress.finish(slot, job)
-                crew[connection] = process, slot, hand_out(waiting, connection)
+                if batches is None:
+                    progress.finish(job, judged(news))
+                    crew[connection] = process, hand_out(waiting, connection)
+                else:
+                    progress.update(job, batches, news)
     finally:
-        for process, *_ in crew.values():
+        for process, _ in crew.values():
             process.kill()
-        for process, *_ in crew.values():
+        for process, _ in crew.values():
             process.join()
-    return failures
 
 
 def hand_out(waiting: deque[Job], connection: Connection) -> Job | None:
@@ -2193,7 +2163,7 @@ def hand_out(waiting: deque[Job], connection: Connection) -> Job | None:
 
 
 def read_record(path: Path) -> dict:
-    """A run's record; raises ValueError, KeyError or TypeError if the file does not hold a whole one."""
+    """A run's record; raises an error of some kind if the file does not hold a whole one."""
     record = json.loads(path.read_text(encoding="utf-8"))
     stated = record.pop("checksum")
     require(record["format"] == RECORD_FORMAT and stated == checksum(record), "not a whole record")
@@ -2225,11 +2195,12 @@ def read_records(output_dir: Path, config: Config) -> list[dict]:
 
 COST_COLUMNS = ("ms_per_step", "samples_per_second", "activation_bytes", "kernel")
 CSV_METRICS = ("accuracy", "loss", "mse", "mae")
+ONE_SEED = " on one seed"  # ends a verdict that says nothing of other seeds
 
 
-def of_task(records: Sequence[Mapping], task: Task, model: str | None = None) -> list[Mapping]:
-    """The records of one task, and of one of its models if that is named."""
-    return [r for r in records if r["task"] == task.name and model in (None, r["model"])]
+def of_task(records: Sequence[Mapping], task: Task) -> list[Mapping]:
+    """The records of one task."""
+    return [r for r in records if r["task"] == task.name]
 
 
 def tasks_in(records: Sequence[Mapping]) -> list[Task]:
@@ -2237,9 +2208,12 @@ def tasks_in(records: Sequence[Mapping]) -> list[Task]:
     return [task for task in TASKS.values() if of_task(records, task)]
 
 
-def models_in(records: Sequence[Mapping]) -> list[str]:
-    """The models that have records, in their order."""
-    return list(dict.fromkeys(r["model"] for r in records))
+def by_model(records: Sequence[Mapping]) -> dict[str, list[Mapping]]:
+    """The records of each model, in their order."""
+    groups = {}
+    for record in records:
+        groups.setdefault(record["model"], []).append(record)
+    return groups
 
 
 def one_per_model(records: Sequence[Mapping]) -> list[Mapping]:
@@ -2251,21 +2225,37 @@ def one_per_model(records: Sequence[Mapping]) -> list[Mapping]:
 
 
 def compare_models(records: Sequence[Mapping]) -> pd.DataFrame:
-    """Each two models of a task, on the seeds that both have: difference, 95 % interval, verdict in words."""
+    """Paired differences on the seeds that both have, with their 95 % interval and a verdict in words.
+
+    Of each two models of a task, and, in the metric that the models are judged by, of each with the best baseline.
+    """
     rows = []
     for task in tasks_in(records):
-        for a, b in combinations(models_in(of_task(records, task)), 2):
-            first, second = ({r["seed"]: r for r in of_task(records, task, name)} for name in (a, b))
-            pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
-            for metric in task.metrics:
-                if pairs and metric.name in CSV_METRICS:
-                    rows.append(compare_pair(pairs, task, metric))
+        own = of_task(records, task)
+        contests = [(*two, task.metrics) for two in combinations(by_model(own).values(), 2)]
+        contests += [(runs, best_baseline(own, task), task.metrics[:1]) for runs in by_model(own).values()]
+        for first, second, metrics in contests:
+            by_seed = {r["seed"]: r for r in second}
+            pairs = [(r, by_seed[r["seed"]]) for r in first if r["seed"] in by_seed]
+            rows += [compare_pair(pairs, task, metric) for metric in metrics if pairs and metric.name in CSV_METRICS]
     columns = ["task", "metric", "a", "b", "difference", "low", "high", "verdict"]
     return pd.DataFrame(rows, columns=columns)
 
 
+def best_baseline(records: Sequence[Mapping], task: Task) -> list[Mapping]:
+    """The baseline that does best on average, a record per seed, as if it were a model's."""
+    metric, runs = task.metrics[0], defaultdict(dict)
+    for record in records:
+        for reference in record["references"]:
+            if reference["kind"] == "baseline":
+                runs[reference["name"]][record["seed"]] = {**record, **reference, "model": reference["name"]}
+    sign = 1 if metric.higher_is_better else -1
+    best = max(runs.values(), key=lambda by_seed: sign * np.mean([r[metric.name] for r in by_seed.values()]))
+    return list(best.values())
+
+
 def compare_pair(pairs: Sequence[tuple[Mapping, Mapping]], task: Task, metric: Metric) -> tuple:
-    """One row of `compare_models` from the two models' records, paired by seed."""
+    """One row of `compare_models` from two models' records, paired by seed."""
     a, b = pairs[0][0]["model"], pairs[0][1]["model"]
     values = [
         (np.array(one["examples"][metric.source]) - np.array(other["examples"][metric.source]))
@@ -2282,6 +2272,7 @@ def compare_pair(pairs: Sequence[tuple[Mapping, Mapping]], task: Task, metric: M
         amount, *interval = metric.amounts(abs(difference), *sorted([abs(low), abs(high)]))
         verdict = f"{first} {'above' if metric.higher_is_better else 'below'} {second} by {amount}"
         verdict += f"{' points' * (metric is ACCURACY)} [{interval[0]}, {interval[1]}]"
+    verdict += ONE_SEED * (len(pairs) == 1)
     return task.name, metric.name, a, b, difference, low, high, verdict
 
 
@@ -2299,53 +2290,50 @@ def bootstrap_means(values: Sequence[np.ndarray], rng: np.random.Generator, resa
 
 
 def measure_costs(
-    task: Task,
-    models: Sequence[str],
-    config: object,
-    data: TaskData,
-    device: torch.device,
-    steps: int = 2,
-    rounds: int = 2,
+    task: Task, models: Sequence[str], config: object, data: TaskData, device: torch.device, steps: int, rounds: int
 ) -> dict[str, dict]:
     """What a training step of each model costs, in the script's own loop and in the barest one possible.
 
-    The models and the two loops take turns on the same `steps` batches, `rounds` times, after a step to warm up;
-    the medians count. The overhead is what the script's loop takes beyond the bare one, as a share. The
-    activations are those of a full batch.
+    The models and the two loops take turns on the same `steps` batches, `rounds` times, after a step to warm up,
+    and the loop that begins changes every round; the medians count. The overhead is what the script's loop takes
+    beyond the bare one next to it, as a share. The activations are those of the longest examples.
     """
     data = data.to(device)
-    batches = LengthBuckets(data.train.lengths, config.training.batch_size, random_generator(0, "costs"))
-    batches = typical_batches(batches, steps)
+    lengths, size = data.train.lengths, min(config.training.batch_size, len(data.train))
+    batches = typical_batches(LengthBuckets(lengths, size, random_generator(0, "costs")), steps)
     loader, ready = new_loader(data.train, batches), [data.train.__getitems__(rows) for rows in batches]
-    contenders, seconds, costs = {}, defaultdict(list), {}
+    longest = data.train.__getitems__(lengths.topk(size).indices)
+    contenders, costs = {}, {}
     for name in models:
         model = build_model(task, name, data.arguments, 0)[0].to(device)
-        contenders[name] = model, new_optimizer(model, config.training)
-        bare_epoch(model, task, contenders[name][1], ready[-1:])
-    for _ in range(rounds):
-        for name, (model, optimizer) in contenders.items():
-            start = time.perf_counter()
-            bare_epoch(model, task, optimizer, ready)
-            middle = time.perf_counter()
-            train_epoch(model, task, optimizer, loader, config.training, lambda: None)
-            seconds[name].append((middle - start, time.perf_counter() - middle))
-    for name, (model, _) in contenders.items():
-        times = np.array(seconds[name]) / steps
-        bare, own = np.median(times, axis=0)
+        optimizer = new_optimizer(model, config.training)
+        bare_loop = partial(bare_epoch, model, task, optimizer, ready)
+        own_loop = partial(train_epoch, model, task, optimizer, loader, config.training, lambda row: None)
+        contenders[name] = model, {bare_loop: [], own_loop: []}
+        bare_epoch(model, task, optimizer, ready[-1:])
+    for turn in range(rounds):
+        for _, loops in contenders.values():
+            for loop, seconds in list(loops.items())[:: (-1) ** turn]:
+                start = time.perf_counter()
+                loop()
+                seconds.append(time.perf_counter() - start)
+    for name, (model, loops) in contenders.items():
+        times = np.array(list(loops.values())) / steps  # (2, rounds): bare and own
+        bare, own = np.median(times, axis=1)
         costs[name] = {
             "ms_per_step": round(1000 * own, 2),
-            "samples_per_second": round(len(batches[0]) / own),
+            "samples_per_second": round(size / own),
             "bare_ms_per_step": round(1000 * bare, 2),
-            "bare_samples_per_second": round(len(batches[0]) / bare),
-            "overhead": round(float(np.median(times[:, 1] / times[:, 0])) - 1, 4),
-            "activation_bytes": activation_bytes(model, task, ready[0]),
+            "bare_samples_per_second": round(size / bare),
+            "overhead": round(float(np.median(times[1] / times[0])) - 1, 4),
+            "activation_bytes": activation_bytes(model, task, longest),
             "kernel": kernel_name(model, ready[0][0]),
         }
     return costs
 
 
 def bare_epoch(
-    model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, batches: Sequence[tuple[Tensor, Tensor]]
+    model: nn.Module, task: Task, optimizer: optim.Optimizer, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
     """The least that training is: forward, backward and step on batches that are ready."""
     for inputs, targets in batches:
@@ -2372,8 +2360,7 @@ def activation_bytes(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor])
         return tensor.detach()  # the tensor itself would keep its own graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = task.loss(model(batch[0]), batch[1]).mean()
-    del loss
+        task.loss(model(batch[0]), batch[1]).mean()
     return sum(size for storage, size in kept.items() if storage not in weights)
 
 
@@ -2455,6 +2442,7 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 120,
 }
+MARKS = {"baseline": ("D", GREY), "ceiling": ("|", "black")}  # a model's is a circle of its colour
 PARTS = {"embedding": "", "recurrent": "////", "head": "...."}  # hatch of each part of a model
 
 
@@ -2494,16 +2482,15 @@ def runs_table(records: Sequence[Mapping]) -> pd.DataFrame:
 def scores_table(records: Sequence[Mapping]) -> pd.DataFrame:
     """Long form: task, name, kind, metric, mean and standard deviation over seeds, number of seeds."""
     rows = []
-    for record in records:
-        own = {"name": record["model"], "kind": "model"} | record["test"]
-        for scores in (own, *record["references"]):
-            head = {"task": record["task"], "name": scores["name"], "kind": scores["kind"], "seed": record["seed"]}
-            rows += [{**head, "metric": m.name, "value": scores[m.name]} for m in TASKS[record["task"]].metrics]
+    for task in tasks_in(records):
+        own = of_task(records, task)
+        scores = [r["test"] | {"name": r["model"], "kind": "model", "seed": r["seed"]} for r in own]
+        scores += [reference | {"seed": r["seed"]} for r in own for reference in r["references"]]
+        for score in scores:
+            head = {"task": task.name, "name": score["name"], "kind": score["kind"], "seed": score["seed"]}
+            rows += [head | {"metric": m.name, "value": score[m.name]} for m in task.metrics]
     table = pd.DataFrame(rows).drop_duplicates(["task", "name", "metric", "seed"])  # all models hold the references
-    for column, order in (("task", TASKS), ("kind", ("model", "baseline", "ceiling"))):
-        table[column] = pd.Categorical(table[column], list(order))
-    table = table.sort_values(["task", "kind"], kind="stable")
-    groups = table.groupby(["task", "name", "kind", "metric"], sort=False, observed=True)["value"]
+    groups = table.groupby(["task", "name", "kind", "metric"], sort=False)["value"]
     return groups.agg(mean="mean", std="std", n="count").reset_index()
 
 
@@ -2523,7 +2510,7 @@ def performance_table(records: Sequence[Mapping], task: Task) -> pd.DataFrame:
     rows = []
     for name, cells in scores.groupby("name", sort=False):
         cells = cells.set_index("metric")
-        row = {"": name, "kind": str(cells["kind"].iloc[0])}
+        row = {"": name, "kind": cells["kind"].iloc[0]}
         row |= {m.name: plus_minus(cells.loc[m.name, "mean"], cells.loc[m.name, "std"], m.form) for m in task.metrics}
         if name in runs.groups:
             run, row["gap closed"] = runs.get_group(name), gap_closed(first.loc[name, "mean"], baselines, ceiling)
@@ -2567,36 +2554,28 @@ def costs_table(records: Sequence[Mapping]) -> pd.DataFrame:
 
 def accuracy_by(records: Sequence[Mapping], note: str, score: str = "score") -> pd.Series:
     """Mean of `score` for each value of a note on the test examples: within a seed, then over the seeds."""
-    by_seed = {}
-    for record in records:
-        examples = pd.DataFrame({name: record["examples"][name] for name in (note, score)})
-        by_seed[record["seed"]] = examples.groupby(note)[score].mean()
+    by_seed = {r["seed"]: pd.DataFrame(r["examples"]).groupby(note)[score].mean() for r in records}
     return pd.DataFrame(by_seed).mean(axis=1).sort_index()
 
 
 def findings(records: Sequence[Mapping], task: Task, comparisons: pd.DataFrame) -> list[str]:
-    """What one task's results say, in sentences: verdicts on pairs, baselines that win, who learns fastest."""
+    """What one task's results say, in sentences: verdicts on pairs, hard cases, who learns fastest."""
     metric, own = task.metrics[0], of_task(records, task)
-    chosen = (comparisons["task"] == task.name) & (comparisons["metric"] == metric.name)
-    sentences = [f"{verdict}." for verdict in comparisons[chosen]["verdict"]]
-    shared = set.intersection(*({r["seed"] for r in runs} for _, runs in by_model(own)))
-    if len(shared) == 1 and sentences:
-        sentences.append("One seed supports no ranking: the intervals are over test examples only.")
+    verdicts = comparisons[(comparisons["task"] == task.name) & (comparisons["metric"] == metric.name)]
+    sentences = [f"{verdict}." for verdict in verdicts["verdict"]]
+    if verdicts["verdict"].str.endswith(ONE_SEED).any():
+        sentences.append("One seed supports no ranking: its intervals are over test examples only.")
+    for reference in own[0]["references"]:
+        if reference["remark"] and reference["name"] in set(verdicts["b"]):
+            sentences.append(f"On {reference['name']}: {reference['remark']}.")
     scores = scores_table(own)
     scores = scores[scores["metric"] == metric.name].set_index("name")
-    models, baselines = (scores[scores["kind"] == kind]["mean"] for kind in ("model", "baseline"))
-    remarks = {reference["name"]: reference["remark"] for reference in own[0]["references"]}
-    for name, value in baselines.items():
-        beaten = [model for model, own_value in models.items() if metric.better(value, own_value)]
-        if beaten:
-            reason = f": {remarks[name]}" if remarks[name] else ""
-            sentences.append(f"The baseline {name} does better than {', '.join(beaten)}{reason}.")
-    what, note, least = task.hard_cases or ("", "", 0)
+    what, note, least = task.hard_cases
     if note in own[0]["examples"]:  # generated data only: of a user's nobody knows
         marked = [{**r, "examples": r["examples"] | {"hard": np.array(r["examples"][note]) >= least}} for r in own]
-        shares = {name: accuracy_by(runs, "hard").get(True, math.nan) for name, runs in by_model(marked)}
+        shares = {name: accuracy_by(runs, "hard").get(True, math.nan) for name, runs in by_model(marked).items()}
         sentences.append(f"Accuracy on {what}: {listed(shares, '.1%')}.")
-    ceiling = scores[scores["kind"] == "ceiling"]["mean"]
+    models, ceiling = (scores[scores["kind"] == kind]["mean"] for kind in ("model", "ceiling"))
     if len(ceiling) and not metric.higher_is_better:
         sentences.append(
             f"{metric.name.upper()} over that of the {ceiling.index[0]}: {listed(models / ceiling.iloc[0], '.2f')}."
@@ -2604,12 +2583,6 @@ def findings(records: Sequence[Mapping], task: Task, comparisons: pd.DataFrame) 
     epochs = runs_table(own).groupby("model", sort=False)["best_epoch"].mean()
     sentences.append(f"Best epoch, mean over seeds: {listed(epochs, '.1f')}.")
     return sentences
-
-
-def by_model(records: Sequence[Mapping]) -> Iterator[tuple[str, list[Mapping]]]:
-    """Each model's name with its records."""
-    for name in models_in(records):
-        yield name, [r for r in records if r["model"] == name]
 
 
 def listed(values: Mapping[str, float] | pd.Series, form: str) -> str:
@@ -2630,7 +2603,9 @@ def markdown(table: pd.DataFrame) -> str:
 def task_text(records: Sequence[Mapping], task: Task, comparisons: pd.DataFrame) -> str:
     """One task's section of the summary."""
     own = of_task(records, task)
-    seeds = ", ".join(str(seed) for seed in sorted({r["seed"] for r in own}))
+    seeds = {name: ", ".join(str(r["seed"]) for r in runs) for name, runs in by_model(own).items()}
+    all_the_same = len(set(seeds.values())) == 1
+    seeds = seeds[own[0]["model"]] if all_the_same else "; ".join(f"{seeds[name]} ({name})" for name in seeds)
     facts = [
         f"{name} {value:,}" if value == int(value) else f"{name} {value:.3g}" for name, value in own[0]["facts"].items()
     ]
@@ -2647,20 +2622,22 @@ def task_text(records: Sequence[Mapping], task: Task, comparisons: pd.DataFrame)
 def summary_text(records: Sequence[Mapping], comparisons: pd.DataFrame) -> str:
     """The tables as a page of Markdown, with what the data were and where it ran."""
     environments = [record["environment"] for record in records]
-    values = {name: sorted({str(environment[name]) for environment in environments}) for name in environments[0]}
+    values = {name: sorted({str(each[name]) for each in environments}) for name in environments[0]}
     parts = [
         "# RNN, LSTM and GRU: results\n",
         "The same training for a vanilla RNN, an LSTM and a GRU. Each seed draws its own data; of a user's file it "
         "draws the splits of the reviews, while a text or a series is always cut at the same places. A ceiling is the "
         "best that is possible on generated data; gap closed is how much of the way from the best baseline to it a "
         "model has come, negative if it does worse than that baseline. Brackets hold 95 % intervals of the paired "
-        "difference of two models, from a hierarchical bootstrap over seeds and test examples; of three seeds they "
-        "are rough, and rather too narrow. Seconds are those of a run's training, with other runs beside it.\n",
+        "difference of two models, or of a model and the best baseline, from a hierarchical bootstrap over seeds and "
+        "test examples; of three seeds they are rough, and rather too narrow. Seconds are those of a run's training, "
+        "with other runs beside it.\n",
         *(task_text(records, task, comparisons) for task in tasks_in(records)),
         f"## Parameters\n\n{markdown(parameters_table(records))}\n",
         f"## Cost of a training step\n\n{markdown(costs_table(records))}\n\nMedian time of a step, the models taking "
-        "turns on the same batches; activations: what the forward pass keeps for the backward pass. The kernel is the "
-        "implementation of the recurrent layer that ran: times compare kernels as much as cells.\n",
+        "turns on the same batches if one command trained them; activations: what the forward pass on a batch of the "
+        "longest examples keeps for the backward pass. The kernel is the implementation of the recurrent layer that "
+        "ran: times compare kernels as much as cells.\n",
         "## Environment\n\n" + "\n".join(f"- {name}: {', '.join(value)}" for name, value in values.items()) + "\n",
     ]
     return "\n".join(parts)
@@ -2671,13 +2648,13 @@ def summary_text(records: Sequence[Mapping], comparisons: pd.DataFrame) -> str:
 
 def training_history_figure(records: Sequence[Mapping], task: Task) -> Figure:
     """Loss and metric by epoch: a column per model, a line per seed."""
-    names, metrics = models_in(of_task(records, task)), task.metrics[:2]
-    figure = Figure(figsize=(max(3.2 * len(names) + 0.8, 7.2), 5.4), layout="constrained")
-    grid = figure.subplots(len(metrics), len(names), sharex=True, sharey="row", squeeze=False)
-    for column, name in zip(grid.T, names):
+    models, metrics = by_model(of_task(records, task)), task.metrics[:2]
+    figure = Figure(figsize=(max(3.2 * len(models) + 0.8, 7.2), 5.4), layout="constrained")
+    grid = figure.subplots(len(metrics), len(models), sharex=True, sharey="row", squeeze=False)
+    for column, (name, runs) in zip(grid.T, models.items()):
         column[0].set_title(name, color=colour(name), fontweight="bold")
         column[-1].set_xlabel("epoch")
-        for record in of_task(records, task, name):
+        for record in runs:
             epochs, kept = [row["epoch"] for row in record["history"]], best_epoch(record)
             for axes, metric in zip(column, metrics):
                 for split, dashes in (("train", ":"), ("validation", "-")):
@@ -2697,25 +2674,25 @@ def training_history_figure(records: Sequence[Mapping], task: Task) -> Figure:
     return figure
 
 
-def forecasts_figure(records: Sequence[Mapping], task: Task, steps: int = 120) -> Figure:
+def forecasts_figure(records: Sequence[Mapping], task: Task) -> Figure:
     """Forecasts against the truth, one step ahead and free-running, and the latter's error by horizon."""
     own = of_task(records, task)
-    first = [next(r for r in own if r["model"] == name) for name in models_in(own)]
+    first = [runs[0] for runs in by_model(own).values()]
     figure = Figure(figsize=(11, 1.9 * len(first) + 3.4), layout="constrained")
     grid = figure.add_gridspec(len(first) + 1, 2, height_ratios=[*[1] * len(first), 1.3])
     for row, record in enumerate(first):
         left = figure.add_subplot(grid[row, 0])
         right = figure.add_subplot(grid[row, 1], sharey=left)
         examples, free = record["examples"], record["evidence"]["free_running"]
-        draw_forecast(left, examples["truth"][:steps], examples["answer"][:steps], record)
-        draw_forecast(right, free["truth"][:steps], free["forecast"][:steps], record)
+        draw_forecast(left, examples["truth"][:120], examples["answer"][:120], record)
+        draw_forecast(right, free["truth"], free["forecast"], record)
         name, shade = f"{record['model']}, seed {record['seed']}", colour(record["model"])
         left.set_title(f"{name}, one step ahead: MSE {record['test']['mse']:.4g}", color=shade)
         right.set_title(f"{name}, free-running: each forecast is fed back", color=shade)
         left.set_ylabel("value (series units)")
     left.set_xlabel("test example, in order of time")
     right.set_xlabel("steps ahead of the last observed value")
-    free_running_errors(figure.add_subplot(grid[-1, :]), own, task)
+    free_running_errors(figure.add_subplot(grid[-1, :]), own)
     observed = Line2D([], [], color=GREY, marker="o", markersize=2.5, linewidth=0, label="observed value")
     forecast = Line2D([], [], color="black", label="forecast (in the model's colour)")
     figure.legend(handles=[observed, forecast], loc="outside lower center", ncols=2)
@@ -2731,11 +2708,11 @@ def draw_forecast(axes: Axes, truth: Sequence[float], forecast: Sequence[float],
     axes.plot(steps, forecast, color=colour(record["model"]))
 
 
-def free_running_errors(axes: Axes, records: Sequence[Mapping], task: Task) -> None:
+def free_running_errors(axes: Axes, records: Sequence[Mapping]) -> None:
     """Mean squared error of free-running forecasts by horizon, each model, mean over seeds."""
-    for name in models_in(records):
-        runs = [r["evidence"]["free_running"]["mse"] for r in of_task(records, task, name)]
-        axes.plot(np.arange(1, len(runs[0]) + 1), np.mean(runs, axis=0), color=colour(name), label=name)
+    for name, runs in by_model(records).items():
+        errors = np.mean([r["evidence"]["free_running"]["mse"] for r in runs], axis=0)
+        axes.plot(np.arange(1, len(errors) + 1), errors, color=colour(name), label=name)
     for reference in records[0]["references"]:
         if reference["kind"] == "ceiling":
             axes.axhline(reference["mse"], color="black", linestyle=":", label=f"{reference['name']} (the floor)")
@@ -2786,7 +2763,7 @@ def architectures_figure(records: Sequence[Mapping]) -> Figure:
     return figure
 
 
-def draw_layer(axes: Axes, x: int, layer: Mapping, edge: str) -> None:
+def draw_layer(axes: Axes, x: int, layer: Mapping, edge: tuple[float, ...]) -> None:
     """A box at position `x`, with an arrow from the one before it."""
     settings = re.sub(r"(batch_first|inplace|bias)=\w+|in_features=|out_features=", "", layer["settings"])
     settings = ", ".join(part for part in re.split(r",\s*", settings) if part)
@@ -2810,8 +2787,7 @@ def performance_figure(records: Sequence[Mapping]) -> Figure:
         metric = task.metrics[0]
         own = scores[(scores["task"] == task.name) & (scores["metric"] == metric.name)].iloc[::-1]
         for line in own.itertuples():
-            shade = colour(line.name) if line.kind == "model" else {"ceiling": "black"}.get(line.kind, GREY)
-            marker = {"model": "o", "baseline": "D", "ceiling": "|"}[line.kind]
+            marker, shade = MARKS.get(line.kind) or ("o", colour(line.name))
             row[0].errorbar(line.mean, line.name, xerr=np.nan_to_num(line.std), fmt=marker, color=shade, capsize=3)
         row[0].set(title=task.title, xlabel=f"test {metric.label}")
         if not metric.higher_is_better:  # errors differ by factors
@@ -2823,7 +2799,7 @@ def performance_figure(records: Sequence[Mapping]) -> Figure:
         cost_bars(row[1], seconds, "training (s per run)")
         steps = costs[costs["task"] == task.name].set_index("model")
         cost_bars(row[2], steps["ms_per_step"], "step (ms), kernel", steps["kernel"])
-        cost_bars(row[3], steps["activation_bytes"] / 2**20, "activations (MiB per step)")
+        cost_bars(row[3], steps["activation_bytes"] / 2**20, "activations (MiB, longest batch)")
     figure.suptitle("Test split, mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), and costs")
     return figure
 
@@ -2856,7 +2832,7 @@ def long_range_figure(records: Sequence[Mapping]) -> Figure:
     figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
     for axes, (draw, own) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw(axes, own)
-    lines = [Line2D([], [], color=colour(name), label=name, linewidth=3) for name in models_in(records)]
+    lines = [Line2D([], [], color=colour(name), label=name, linewidth=3) for name in by_model(records)]
     if distance_panel in dict(panels):
         lines.append(Line2D([], [], color=GREY, marker="D", linestyle="--", label="trigram"))
         lines.append(Line2D([], [], color="black", linestyle=":", label="best guess from the grammar's full state"))
@@ -2867,7 +2843,7 @@ def long_range_figure(records: Sequence[Mapping]) -> Figure:
 
 def gradient_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     """Size of the gradient that reaches each word, before and after training."""
-    for name, runs in by_model(records):
+    for name, runs in by_model(records).items():
         for what, dashes in (("initial_gradient", ":"), ("gradient", "-")):
             length = min(len(r["evidence"][what]) for r in runs)
             mean = np.mean([r["evidence"][what][:length] for r in runs], axis=0)
@@ -2882,28 +2858,22 @@ def gradient_panel(axes: Axes, records: Sequence[Mapping]) -> None:
 
 def distance_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     """Accuracy on verbs and objects by their distance from the subject that determines them."""
-    for name, runs in by_model(records):
-        axes.plot(
-            100 * accuracy_by(runs, "cue_distance").drop(0, errors="ignore"), "o-", color=colour(name), markersize=4
-        )
-    one_per_seed = list({r["seed"]: r for r in records}.values())
-    for score, style in (
-        ("trigram_score", {"fmt": "D--", "color": GREY}),
-        ("best_score", {"fmt": ":", "color": "black"}),
-    ):
-        values = 100 * accuracy_by(one_per_seed, "cue_distance", score).drop(0, errors="ignore")
-        axes.plot(values.index, values, style.pop("fmt"), markersize=4, **style)
+    lines = [(runs, "score", "o-", colour(name)) for name, runs in by_model(records).items()]
+    lines += [(records, "trigram_score", "D--", GREY), (records, "best_score", ":", "black")]
+    for runs, score, style, shade in lines:
+        accuracy = accuracy_by(runs, "cue_distance", score).drop(0, errors="ignore")  # 0: a word without a cue
+        axes.plot(100 * accuracy, style, color=shade, markersize=4)
     axes.set(title="Next word, by distance of its cue", xlabel="distance of the cue (words back)", ylim=(0, 100))
     axes.set_ylabel("accuracy (%)")
 
 
 def ending_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     """Accuracy on reviews whose closing verdict agrees with their label, and on those where it does not."""
-    names = models_in(records)
-    for i, (name, runs) in enumerate(by_model(records)):
+    models = by_model(records)
+    for i, (name, runs) in enumerate(models.items()):
         accuracy = 100 * accuracy_by(runs, "verdict_contradicts").reindex([0, 1])
-        middle = np.arange(2) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
-        axes.bar_label(axes.bar(middle, accuracy, 0.75 / len(names), color=colour(name)), fmt="%.0f")
+        middle = np.arange(2) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
+        axes.bar_label(axes.bar(middle, accuracy, 0.75 / len(models), color=colour(name)), fmt="%.0f")
     axes.axhline(50, color=GREY, linestyle="--", linewidth=1)
     axes.set(title="Reviews, by what their last word says", ylim=(0, 105), xticks=[0, 1])
     axes.set_xticklabels(["ending agrees\nwith the label", "ending contradicts\nthe label"])
@@ -2917,7 +2887,7 @@ def write_report(records: Sequence[Mapping], comparisons: pd.DataFrame, output_d
     tables = {
         "runs": runs_table(records),
         "summary": scores[scores["metric"].isin(CSV_METRICS)],
-        "comparisons": comparisons,
+        "comparisons": comparisons[comparisons["b"].map(base_name).isin(MODEL_NAMES)],
         "costs": costs_table(records),
     }
     for name, table in tables.items():
@@ -2978,7 +2948,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
-def one_of(known: Iterable[str]) -> Callable[[str], str]:
+def one_of(known: Collection[str]) -> Callable[[str], str]:
     """An argument type: one of these words."""
 
     def parse(text: str) -> str:
@@ -3000,7 +2970,7 @@ def integer(least: int) -> Callable[[str], int]:
     return parse
 
 
-def temperature(text: str) -> float:
+def non_negative(text: str) -> float:
     """An argument type: a finite number of 0 or more."""
     value = as_number(text)
     if value is None or not 0 <= value < math.inf:
@@ -3071,7 +3041,7 @@ def new_parser() -> Parser:
         help="use a trained model on a text, a file, or - for standard input",
     )
     add("--length", type=integer(1), metavar="N", help="words or values to continue by; default: 20")
-    add("--temperature", type=temperature, metavar="X", help="of the words: 0 takes the likeliest; default: 1")
+    add("--temperature", type=non_negative, metavar="X", help="of the words: 0 takes the likeliest; default: 1")
     add("--seed", type=integer(0), metavar="N", help="of the words that --predict draws; default: 42")
     return parser
 
@@ -3096,7 +3066,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             raise InputError(f"--{OWN_DATA[task]} is for the task {task}, which --tasks leaves out")
     if options.series_column and not (options.series or options.predict):
         raise InputError("--series-column goes with --series or --predict")
-    names = ["own", *(Path(name).name.partition(".")[0] for name in options.own.values())]
+    names = ["own", *(re.sub(r"(\.csv|\.txt)?(\.gz)?$", "", Path(name).name) for name in options.own.values())]
     default = "quick" if options.quick else "_".join(names) if options.own else ""
     options.output_dir = options.output_dir or Path("outputs", default)
     return options
@@ -3125,9 +3095,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def usable_cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The processor cores that this process may use; a container may grant less than the machine has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, quota_file.read_text().split())  # microseconds of all cores; or "max"
+    except (OSError, ValueError):
+        return cores
+    return max(1, min(cores, quota // period))
 
 
 def check_writable(directory: Path) -> None:
@@ -3164,7 +3139,7 @@ def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Jo
 
 
 def all_costs(
-    jobs: Sequence[Job], config: Config, device: torch.device, **scale: int
+    jobs: Sequence[Job], config: Config, device: torch.device, steps: int = 2, rounds: int = 2
 ) -> tuple[dict[str, dict[str, dict]], dict[Job, tuple[float, int]]]:
     """What a step of each model costs, by task and model, and seconds and batches of each run with all its epochs."""
     costs, expected = {}, {}
@@ -3172,7 +3147,7 @@ def all_costs(
         own_config, own = getattr(config, task_name), [job for job in jobs if job[0] == task_name]
         data = cached_data(task_name, own_config, own[0][2])
         models = list(dict.fromkeys(model for _, model, _ in own))
-        costs[task_name] = measure_costs(TASKS[task_name], models, own_config, data, device, **scale)
+        costs[task_name] = measure_costs(TASKS[task_name], models, own_config, data, device, steps, rounds)
         batches = math.ceil(len(data.train) / own_config.training.batch_size) * own_config.training.epochs
         expected |= {job: (batches * costs[task_name][job[1]]["ms_per_step"] / 1000, batches) for job in own}
     return costs, expected
@@ -3183,15 +3158,15 @@ def model_names(options: argparse.Namespace) -> list[str]:
     return [name + MATCHED * (options.match == "params" and name != "LSTM") for name in options.models]
 
 
-def train(options: argparse.Namespace, config: Config, device: torch.device) -> dict[Job, str]:
-    """Every run that the options ask for; returns what went wrong, by run."""
+def train(options: argparse.Namespace, config: Config, device: torch.device) -> int:
+    """Every run that the options ask for; returns how many failed."""
     names = model_names(options)
     jobs = [(task, name, seed) for task in options.tasks for seed in options.seeds for name in names]
     if options.resume:
         jobs = unfinished(jobs, options.output_dir, config)
     workers = min(options.workers or (1 if options.quick or device.type != "cpu" else usable_cores()), len(jobs))
     if not jobs:
-        return {}
+        return 0
     for task in options.own:  # what cannot be used is to be said before anything else
         seeds = [seed for name, _, seed in jobs if name == task]
         cached_data(task, getattr(config, task), (seeds or options.seeds)[0])
@@ -3211,11 +3186,13 @@ def train(options: argparse.Namespace, config: Config, device: torch.device) -> 
     train_one = partial(
         train_run, config=config, device=device, output_dir=options.output_dir, costs=costs, evidence=measure_evidence
     )
-    with Progress(expected, workers) as progress:
+    with closing(Progress(expected, workers)) as progress:
         if workers == 1:
-            return run_here(jobs, train_one, progress)
-        cached_data.cache_clear()  # from here on the workers hold the data
-        return run_in_workers(jobs, train_one, progress, device, workers)
+            run_here(jobs, train_one, progress)
+        else:
+            cached_data.cache_clear()  # from here on the workers hold the data
+            run_in_workers(jobs, train_one, progress, device, workers)
+        return len(progress.failures)
 
 
 def report(config: Config, output_dir: Path) -> tuple[int, int]:
@@ -3236,7 +3213,7 @@ def benchmark(options: argparse.Namespace, config: Config, device: torch.device)
     check_writable(options.output_dir)
     jobs = [(task, name, options.seeds[0]) for task in options.tasks for name in model_names(options)]
     print("measuring; this takes about a minute on an idle machine", file=sys.stderr)
-    costs, _ = all_costs(jobs, config, device, **({} if options.quick else {"steps": 5, "rounds": 20}))
+    costs, _ = all_costs(jobs, config, device) if options.quick else all_costs(jobs, config, device, 5, 30)
     rows = [{"task": task, "model": name} | cost for task, by_name in costs.items() for name, cost in by_name.items()]
     table = pd.DataFrame(rows).drop(columns="activation_bytes")
     write_whole(options.output_dir / "pytorch_rnn_benchmark.csv", table.to_csv(index=False))
@@ -3249,7 +3226,7 @@ def predict(options: argparse.Namespace) -> None:
     trained = load_checkpoint(path)
     if source == "-":
         text = decode(sys.stdin.buffer.read(), "standard input")
-    elif is_file(source):
+    elif os.path.isfile(source):  # noqa: PTH113 (Path's raises if a text is too long for a name)
         text = decode(read_bytes(source), source)
     elif re.fullmatch(r"\S+\.(txt|csv|gz)", source):
         raise InputError(f"{source}: no such file")
@@ -3264,19 +3241,17 @@ def run(options: argparse.Namespace) -> int:
     if options.predict:
         predict(options)
         return 0
-    config, failures, status = configuration(options), {}, 0
+    config, failed, status = configuration(options), 0, 0
     if options.benchmark:
         benchmark(options, config, device)
         return 0
     if not options.report:
         try:
-            failures = train(options, config, device)
-        except (KeyboardInterrupt, Terminated) as stopped:
+            failed = train(options, config, device)
+        except KeyboardInterrupt as stopped:
             status = stopped_status(stopped)
             print("interrupted; reporting on the runs that are finished (once more to stop)", file=sys.stderr)
         remove_leftovers(options.output_dir)
-    for job, message in failures.items():
-        print("failed: {} {} seed {}: {}".format(*job, message), file=sys.stderr)
     finished, undrawn = report(config, options.output_dir)
     if not finished and options.report:
         raise InputError(
@@ -3285,11 +3260,11 @@ def run(options: argparse.Namespace) -> int:
         )
     if not finished:
         print("no run was finished", file=sys.stderr)
-    return status or (1 if failures or undrawn else 0)
+    return status or (1 if failed or undrawn else 0)
 
 
-class Terminated(BaseException):
-    """The process was asked to end (SIGTERM)."""
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): as Ctrl-C, but for the exit status."""
 
 
 def raise_terminated(*_signal: object) -> None:
@@ -3297,26 +3272,28 @@ def raise_terminated(*_signal: object) -> None:
     raise Terminated
 
 
-def stopped_status(stopped: BaseException) -> int:
+def stopped_status(stopped: KeyboardInterrupt) -> int:
     """The exit status after Ctrl-C or SIGTERM: 128 and the number of the signal."""
     return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the program's own); returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or a file that cannot hold "±" gets "\\xb1"
+        sys.stdout.reconfigure(errors="backslashreplace")
     listens = threading.current_thread() is threading.main_thread()  # only there can a signal be listened to
     before = signal.signal(signal.SIGTERM, raise_terminated) if listens else None
     try:
         return run(parse_args(argv))
-    except SystemExit as finished:  # --help
-        return int(finished.code or 0)
+    except SystemExit:  # --help
+        return 0
     except InputError as error:
         print(f"pytorch_rnn_models.py: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError, OSError) as error:
         print(f"pytorch_rnn_models.py: {describe_failure(error)}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, Terminated) as stopped:
+    except KeyboardInterrupt as stopped:
         print("pytorch_rnn_models.py: interrupted; finished runs are kept", file=sys.stderr)
         return stopped_status(stopped)
     finally:

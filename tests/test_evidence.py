@@ -1,6 +1,7 @@
 """Statistics, matched sizes, costs, gradient flow and free-running forecasts."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,17 @@ from conftest import CPU, new_model
 
 
 def record(model, seed, scores, task="classifier"):
-    scores = np.asarray(scores, dtype=float)
-    return {"task": task, "model": model, "seed": seed, "unit": 1.0, "examples": {"score": scores, "loss": 1 - scores}}
+    def examples(scores):
+        return {"score": np.asarray(scores, dtype=float), "loss": 1 - np.asarray(scores, dtype=float)}
+
+    never, half = np.zeros(len(scores)), np.arange(len(scores)) % 2
+    references = [
+        {"name": "never", "kind": "baseline", "accuracy": 0.0, "examples": examples(never)},
+        {"name": "half", "kind": "baseline", "accuracy": 0.5, "examples": examples(half)},
+        {"name": "always", "kind": "ceiling", "accuracy": 1.0, "examples": examples(never + 1)},
+    ]
+    run = {"task": task, "model": model, "seed": seed, "unit": 1.0, "references": references}
+    return run | {"examples": examples(scores)}
 
 
 def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():
@@ -50,6 +60,17 @@ def test_comparisons_pair_by_seed_and_speak_plainly():
     expected = f"LSTM above RNN by {-100 * row['difference']:.1f} points "
     assert row["verdict"] == expected + f"[{-100 * row['high']:.1f}, {-100 * row['low']:.1f}]"
     assert rows.loc[("RNN", "GRU"), "verdict"].startswith("RNN and GRU: no clear difference [-")
+    half = rows.loc[("LSTM", "half")]
+    assert half["verdict"].startswith(f"LSTM above half by {100 * half['difference']:.1f} points [")
+    assert set(rows.index.get_level_values("b")) == {"LSTM", "GRU", "half"}, "of the baselines only the best"
+
+
+def test_a_pair_with_one_seed_in_common_is_said_to_be_so():
+    scores = np.random.default_rng(0).random(100)
+    records = [record("RNN", 1, scores < 0.9), record("RNN", 2, scores < 0.9), record("GRU", 2, scores < 0.5)]
+    verdicts = rnn.compare_models(records).query("metric == 'accuracy'").set_index(["a", "b"])["verdict"]
+    assert re.fullmatch(r"RNN above GRU by [\d.]+ points \[.*\] on one seed", verdicts["RNN", "GRU"])
+    assert re.fullmatch(r"RNN above half by [\d.]+ points \[.*\]", verdicts["RNN", "half"])
 
 
 @pytest.mark.parametrize("task", rnn.TASKS)
@@ -154,8 +175,17 @@ def test_costs_are_those_of_the_loop_beside_the_bare_one(data):
 def test_summary_says_when_one_seed_is_all_there_is_and_when_a_baseline_wins(quick_run):
     text = (quick_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
     assert text.count("One seed supports no ranking") == 3
-    assert "The baseline linear autoregression does better than RNN, LSTM, GRU: a sum of K sines obeys" in text
+    for name in rnn.MODEL_NAMES:
+        assert re.search(rf"- linear autoregression below {name} by [\d.]+ \[.*\] on one seed\.\n", text)
+    assert "- On linear autoregression: a sum of K sines obeys" in text
     assert "gap closed" in text
+
+
+def test_summary_says_which_models_lack_a_seed(quick_run):
+    own = [r for r in rnn.read_records(quick_run, rnn.QUICK) if r["task"] == "predictor"]
+    own += [r | {"seed": 43} for r in own[:2]]
+    text = rnn.summary_text(sorted(own, key=lambda r: r["model"]), rnn.compare_models(own))
+    assert "over the seeds 42 (GRU); 42, 43 (LSTM); 42, 43 (RNN)." in text
 
 
 def test_gap_closed_is_the_way_from_best_baseline_to_ceiling(quick_run):

@@ -139,6 +139,29 @@ def test_resume_trains_only_what_is_missing_and_names_what_does_not_count(undist
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pause", [0.0, 0.1, 0.5, 1.0])
+def test_ctrl_c_while_the_workers_start_is_one_line_and_leaves_nothing(pause, tmp_path):
+    process = start(*TINY, *TWO, "--output-dir", tmp_path)
+    wait_for(lambda: children(process.pid))
+    time.sleep(pause)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"interrupted; reporting" in error and b"Traceback" not in error
+    wait_for(lambda: group_is_gone(process), seconds=5)
+    assert not leftovers(tmp_path)
+
+
+def test_signals_wait_for_the_end_of_the_block_and_children_do_not_hear_ctrl_c():
+    before, passed = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(KeyboardInterrupt), rnn.signals_held():
+        os.kill(os.getpid(), signal.SIGINT)
+        child = subprocess.run([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
+        passed.append(child.returncode)
+    assert passed == [0] and signal.getsignal(signal.SIGTERM) == before
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "to_all", "status"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
 def test_a_signal_ends_the_run_and_its_workers_and_reports_what_is_finished(number, to_all, status, tmp_path):
     process = start(*TINY, *TWO, "--seeds", *range(30), "--output-dir", tmp_path)
@@ -176,6 +199,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 def test_a_worker_that_is_killed_fails_its_run_only(tmp_path, capsys, no_figures):
     def kill_a_worker():
         wait_for(lambda: records(tmp_path))
+        time.sleep(0.3)  # the run whose record was seen is told of: what is killed is in the middle of the next
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill_a_worker)
@@ -220,7 +244,7 @@ def test_a_living_process_keeps_its_temporary_file(tmp_path):
 def test_a_folder_that_vanishes_ends_the_run_in_one_line(workers, tmp_path, capsys):
     def vanish():
         wait_for(lambda: records(tmp_path / "out"))
-        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").rename(tmp_path / "elsewhere")  # at one stroke, whatever is being written
 
     thread = threading.Thread(target=vanish)
     thread.start()

@@ -302,5 +302,5 @@ def test_a_record_belongs_to_the_content_of_the_file_not_to_its_place(own_run, t
 
 
 def test_default_folder_is_named_after_the_files():
-    options = rnn.parse_args(["--reviews", "a/films.csv.gz", "--series", "b.csv"])
-    assert options.output_dir.as_posix() == "outputs/own_films_b"
+    options = rnn.parse_args(["--reviews", "a/films.csv.gz", "--series", "b.2024.csv"])
+    assert options.output_dir.as_posix() == "outputs/own_films_b.2024"

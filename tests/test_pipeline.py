@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 
 import pandas as pd
@@ -123,6 +124,7 @@ def test_the_number_of_workers_changes_nothing(quick_run, tmp_path, no_figures, 
         assert error.count(label) == 2, "workers tell of their progress"
 
 
+@pytest.mark.slow
 def test_runs_that_fail_in_workers_are_named_and_the_others_go_on(capsys, tmp_path, monkeypatch, no_figures):
     bad = replace(rnn.QUICK.forecaster, training=rnn.Training(epochs=1, learning_rate=1e30))
     monkeypatch.setattr(rnn, "QUICK", replace(rnn.QUICK, forecaster=bad))
@@ -266,13 +268,42 @@ def test_a_failed_run_is_status_1_and_keeps_what_was_finished(capsys, tmp_path, 
     assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
-def test_an_interrupted_run_is_status_130(tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
+def test_an_interrupted_run_is_status_130_and_still_names_what_failed(tmp_path, monkeypatch, capsys):
+    def interrupted(model, *_):
+        if isinstance(model, rnn.RNNClassifier):
+            raise rnn.TrainingDiverged("beyond all bounds")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rnn, "fit", interrupted)
-    assert rnn.main(["--quick", "--output-dir", str(tmp_path)]) == 130
-    assert capsys.readouterr().err.count("interrupted") == 1
+    monkeypatch.setattr(rnn, "all_costs", lambda *_: ({}, defaultdict(lambda: (1.0, 1))))
+    assert (
+        rnn.main(["--quick", "--tasks", "classifier", "--models", "RNN", "GRU", "--output-dir", str(tmp_path)]) == 130
+    )
+    error = capsys.readouterr().err
+    assert error.count("interrupted") == 1 and "failed: classifier RNN seed 42: beyond all bounds" in error
+
+
+def test_a_container_may_grant_less_than_the_machine_has(tmp_path):
+    cores, quota = rnn.usable_cores(tmp_path / "absent"), tmp_path / "cpu.max"
+    assert cores >= 1
+    for text, granted in (("max 100000", cores), ("100000 100000", 1), ("50000 100000", 1), ("9900000 100000", cores)):
+        quota.write_text(text)
+        assert rnn.usable_cores(quota) == granted, text
+
+
+def test_a_terminal_that_knows_ascii_only_and_a_file_name_that_is_no_utf_8(tmp_path):
+    series = os.fsencode(tmp_path) + b"/no-\xff.csv"
+    with open(series, "w") as file:  # noqa: PTH123 (a name in bytes)
+        file.writelines(f"{i % 7}\n" for i in range(500))
+    script = ROOT / "tests" / "without_figures.py"
+    command = [sys.executable, script, *ONE_RUN[:-1], "--epochs", "1", "--series", series]
+    done = subprocess.run(
+        [*command, "--output-dir", tmp_path / "out"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+    assert "no-" in (tmp_path / "out" / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
 
 
 def test_help_returns(capsys):
@@ -287,7 +318,7 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     target = tmp_path / "file"
     target.write_text("old")
     monkeypatch.setattr(rnn.os, "fsync", full)
-    with pytest.raises(OSError, match=rf"No space left on device: '{target}'"):
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: {str(target)!r}")):
         rnn.write_whole(target, "half of the n")
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
@@ -341,5 +372,5 @@ def test_no_committed_model_beats_a_ceiling(folder):
 def test_readme_links_exist_and_documents_every_option_and_file():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    for word in (*PNGS, *TABLES, *re.findall(r'"(--[a-z-]+)"', (ROOT / "pytorch_rnn_models.py").read_text())):
+    for word in (*PNGS, *TABLES, *re.findall(r'"(--[a-z-]+)"', (ROOT / "pytorch_rnn_models.py").read_text("utf-8"))):
         assert word in README, word
