@@ -2907,10 +2907,7 @@ def write_report(records: Sequence[Mapping], comparisons: pd.DataFrame, output_d
     for name, draw in figures.items():
         try:
             with rc_context(STYLE):
-                figure = draw()
-                figure.draw_without_rendering()
-                figure.set_layout_engine("none")  # laid out once; saving would do it again
-                figure.savefig(content := io.BytesIO(), format="png")
+                draw().savefig(content := io.BytesIO(), format="png")
         except Exception as error:  # a figure must not cost the others
             failures.append(f"pytorch_rnn_{name}.png could not be drawn: {describe_failure(error)}")
         else:
