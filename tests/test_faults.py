@@ -152,12 +152,17 @@ def test_ctrl_c_while_the_workers_start_is_one_line_and_leaves_nothing(pause, tm
 
 
 def test_signals_wait_for_the_end_of_the_block_and_children_do_not_hear_ctrl_c():
-    before, passed = signal.getsignal(signal.SIGTERM), []
-    with pytest.raises(KeyboardInterrupt), rnn.signals_held():
-        os.kill(os.getpid(), signal.SIGINT)
-        child = subprocess.run([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
-        passed.append(child.returncode)
-    assert passed == [0] and signal.getsignal(signal.SIGTERM) == before
+    passed, script = [], "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        hear_interrupts()
+        with pytest.raises(KeyboardInterrupt), rnn.signals_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            passed.append(subprocess.run([sys.executable, "-c", script]).returncode)
+        assert passed == [0] and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+    assert signal.getsignal(signal.SIGTERM) == before[1]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
