@@ -51,7 +51,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from copy import copy
@@ -909,7 +909,6 @@ def build_corpus(config: PredictorConfig, seed: int) -> TaskData:
         references = [*ngrams, Reference("grammar's full state", "ceiling", entropy, best)]
         notes = {
             "cue_distance": np.array(text.distance[targets]),
-            "trigram_score": ngrams[-1].score,
             "best_score": np.array(text.best_is_said[targets], dtype=float),
         }
     seen = np.isin(*(window_codes(split.inputs.numpy(), len(vocabulary) | 1) for split in (test, train)))
@@ -2232,8 +2231,9 @@ def compare_models(records: Sequence[Mapping]) -> pd.DataFrame:
     rows = []
     for task in tasks_in(records):
         own = of_task(records, task)
-        contests = [(*two, task.metrics) for two in combinations(by_model(own).values(), 2)]
-        contests += [(runs, best_baseline(own, task), task.metrics[:1]) for runs in by_model(own).values()]
+        models, baseline = list(by_model(own).values()), best_baseline(own, task)
+        contests = [(*two, task.metrics) for two in combinations(models, 2)]
+        contests += [(runs, baseline, task.metrics[:1]) for runs in models]
         for first, second, metrics in contests:
             by_seed = {r["seed"]: r for r in second}
             pairs = [(r, by_seed[r["seed"]]) for r in first if r["seed"] in by_seed]
@@ -2243,15 +2243,21 @@ def compare_models(records: Sequence[Mapping]) -> pd.DataFrame:
 
 
 def best_baseline(records: Sequence[Mapping], task: Task) -> list[Mapping]:
-    """The baseline that does best on average, a record per seed, as if it were a model's."""
-    metric, runs = task.metrics[0], defaultdict(dict)
-    for record in records:
-        for reference in record["references"]:
-            if reference["kind"] == "baseline":
-                runs[reference["name"]][record["seed"]] = {**record, **reference, "model": reference["name"]}
+    """The runs, as `as_runs` makes them, of the baseline that does best on average."""
+    metric, references = task.metrics[0], records[0]["references"]
+    baselines = [as_runs(records, r["name"]) for r in references if r["kind"] == "baseline"]
     sign = 1 if metric.higher_is_better else -1
-    best = max(runs.values(), key=lambda by_seed: sign * np.mean([r[metric.name] for r in by_seed.values()]))
-    return list(best.values())
+    return max(baselines, key=lambda runs: sign * np.mean([run[metric.name] for run in runs]))
+
+
+def as_runs(records: Sequence[Mapping], name: str) -> list[Mapping]:
+    """What a baseline or a ceiling scores, a record per seed, as if it were a model's."""
+    by_seed = {}
+    for record in records:
+        reference = next(r for r in record["references"] if r["name"] == name)
+        examples = record["examples"] | reference["examples"]
+        by_seed[record["seed"]] = {**record, **reference, "model": name, "examples": examples}
+    return list(by_seed.values())
 
 
 def compare_pair(pairs: Sequence[tuple[Mapping, Mapping]], task: Task, metric: Metric) -> tuple:
@@ -2859,7 +2865,7 @@ def gradient_panel(axes: Axes, records: Sequence[Mapping]) -> None:
 def distance_panel(axes: Axes, records: Sequence[Mapping]) -> None:
     """Accuracy on verbs and objects by their distance from the subject that determines them."""
     lines = [(runs, "score", "o-", colour(name)) for name, runs in by_model(records).items()]
-    lines += [(records, "trigram_score", "D--", GREY), (records, "best_score", ":", "black")]
+    lines += [(as_runs(records, "trigram"), "score", "D--", GREY), (records, "best_score", ":", "black")]
     for runs, score, style, shade in lines:
         accuracy = accuracy_by(runs, "cue_distance", score).drop(0, errors="ignore")  # 0: a word without a cue
         axes.plot(100 * accuracy, style, color=shade, markersize=4)

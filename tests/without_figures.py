@@ -1,15 +1,11 @@
 """The script's command line with empty figures, for tests that start it many times."""
 
 import sys
-from pathlib import Path
 
-from matplotlib.figure import Figure
+import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import pytorch_rnn_models as rnn  # noqa: E402
+from conftest import leave_out_figures, rnn
 
 if __name__ == "__main__":
-    for name in [name for name in dir(rnn) if name.endswith("_figure")]:
-        setattr(rnn, name, lambda *_: Figure(layout="constrained"))
+    leave_out_figures(pytest.MonkeyPatch())
     sys.exit(rnn.main())
