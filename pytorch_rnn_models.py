@@ -1,31 +1,20 @@
 """Vanilla RNN, LSTM and GRU compared on three tasks, each with its baselines and its ceiling.
 
-    python pytorch_rnn_models.py                       the whole experiment, into outputs/
-    python pytorch_rnn_models.py --quick               the same on tiny data, into outputs/quick/
-    python pytorch_rnn_models.py --tasks predictor --models RNN GRU --seeds 7 8
-    python pytorch_rnn_models.py --tasks classifier --reviews FILE.csv     on your own data
-    python pytorch_rnn_models.py --resume              only the runs that are not finished
-    python pytorch_rnn_models.py --report              tables and figures again, no training
-    python pytorch_rnn_models.py --benchmark           what a training step costs
-    python pytorch_rnn_models.py --predict outputs/models/predictor_GRU_seed42.pt "the sailor near the"
-    python -m pytest tests                             the tests
+    python pytorch_rnn_models.py                 the whole experiment, into outputs/
+    python pytorch_rnn_models.py --quick         the same on tiny data, into outputs/quick/
+    python pytorch_rnn_models.py --help          all options: your own data, resuming, trained models in use
+    python -m pytest tests                       the tests
 
 Tasks       classifier   positive or negative film reviews    (accuracy, binary cross-entropy)
             predictor    the next word of a corpus            (accuracy, cross-entropy, perplexity)
             forecaster   the next value of noisy sine waves   (MSE, MAE)
-Sections    configuration, datasets, generated data, your own data, baselines, models, tasks, training,
-            evidence, runs, results, figures, command line: each uses only what stands above it
+Sections    configuration, datasets, generated data, your own data, baselines, models, tasks, training, evidence,
+            runs, results, figures, command line: each uses only what stands above it
 Data flow   arguments -> configuration -> runs -> records -> results -> figures
-
-Files, all in the output directory and all written whole or not at all:
-    pytorch_rnn_{classifier,predictor,forecaster}_training_history.png
-    pytorch_rnn_time_series_predictions.png      pytorch_rnn_parameter_counts.png
-    pytorch_rnn_architectures.png                pytorch_rnn_performance_summary.png
-    pytorch_rnn_long_range.png
-    pytorch_rnn_{runs,summary,comparisons,costs}.csv     pytorch_rnn_summary.md
-    runs/TASK_MODEL_seedN.json      the record of a run; of MODEL "baselines", what needs no training
-    models/TASK_MODEL_seedN.pt      its model: load_checkpoint(path).predict(...) uses it
-    pytorch_rnn_benchmark.csv       with --benchmark only
+Files       pytorch_rnn_*.png, pytorch_rnn_{runs,summary,comparisons,costs}.csv, pytorch_rnn_summary.md
+            runs/TASK_MODEL_seedN.json      the record of a run; of MODEL "baselines", what needs no training
+            models/TASK_MODEL_seedN.pt      its model: load_checkpoint(path).predict(...) uses it
+            all in the output directory, each written whole or not at all
 
 Shapes in comments: B batch, T time steps, E embedding, F input features, H hidden units, V vocabulary.
 """
@@ -402,9 +391,15 @@ def generate_reviews(config: ClassifierConfig, rng: np.random.Generator) -> Revi
     verdicts = np.where(praised, rng.choice(TRIUMPHS, n_reviews), rng.choice(FAILURES, n_reviews))
     bodies = np.split([" ".join(phrase) for phrase in phrases.tolist()], np.cumsum(n_phrases)[:-1])
     texts = [punctuate([*body, f"in all a {verdict}"], rng) for body, verdict in zip(bodies, verdicts)]
-    n_opinions = np.bincount(owner[is_opinion], minlength=n_reviews)
-    n_favourable = np.bincount(owner[is_opinion & favourable], minlength=n_reviews)
-    log_odds = review_log_odds(n_favourable, n_opinions, praised, config)
+    # Bayes' rule for a reader who gets every opinion right: favourable opinions and the verdict are all that depends
+    # on the label, so no classifier can be right more often, on average, than the sign of these log odds
+    n = np.bincount(owner[is_opinion], minlength=n_reviews)[:, None]  # opinions
+    k = np.bincount(owner[is_opinion & favourable], minlength=n_reviews)[:, None]  # favourable ones
+    clarity = np.linspace(*config.clarity, 201)  # uniform prior, integrated on a grid
+    positive = np.mean(clarity**k * (1 - clarity) ** (n - k), axis=1)
+    negative = np.mean(clarity ** (n - k) * (1 - clarity) ** k, axis=1)
+    verdict = math.log(config.verdict_reliability / (1 - config.verdict_reliability))
+    log_odds = np.log(positive / negative) + np.where(praised, verdict, -verdict)
     return Reviews(texts, labels, log_odds=log_odds, praised=praised)
 
 
@@ -416,22 +411,6 @@ def punctuate(phrases: Sequence[str], rng: np.random.Generator) -> str:
         text += (phrase[0].upper() + phrase[1:] if start else phrase) + (". " if end else ", ")
         start = end
     return text.strip()
-
-
-def review_log_odds(
-    n_favourable: np.ndarray, n_opinions: np.ndarray, praised: np.ndarray, config: ClassifierConfig
-) -> np.ndarray:
-    """Log odds (N,) of positive against negative for an observer who reads every opinion right (Bayes' rule).
-
-    The number of favourable opinions and the verdict are all of a review that depends on its label, so no
-    classifier can be right more often, on average, than the sign of this.
-    """
-    clarity = np.linspace(*config.clarity, 201)  # uniform prior, integrated on a grid
-    k, n = n_favourable[:, None], n_opinions[:, None]
-    positive = np.mean(clarity**k * (1 - clarity) ** (n - k), axis=1)
-    negative = np.mean(clarity ** (n - k) * (1 - clarity) ** k, axis=1)
-    verdict = math.log(config.verdict_reliability / (1 - config.verdict_reliability))
-    return np.log(positive / negative) + np.where(praised, verdict, -verdict)
 
 
 # --- corpus ---------------------------------------------------------------------------
@@ -1068,10 +1047,11 @@ class TaskData:
     train: SequenceDataset
     validation: SequenceDataset
     test: SequenceDataset
-    from_data: Mapping[str, int]  # constructor keywords of the models that the data decide
+    sizes: Mapping[str, int]  # constructor keywords of the models that the data decide
     preprocessing: Mapping[str, object]  # what turns words or values into inputs and back: goes into the checkpoint
     facts: Mapping[str, int | float]  # for the summary
-    references: Callable[[], Sequence[Reference]]  # baselines and ceiling; computed once per seed, not once per model
+    baselines: Callable[[], Sequence[Reference]]  # called once per seed, not once per model
+    ceiling: Sequence[Reference]  # one, or none for a user's data
     subsets: Mapping[str, np.ndarray] = field(default_factory=dict)  # name: mask (N,) of test examples
     unit: float = 1.0  # one unit of the targets, in the user's units
     offset: float = 0.0  # a target of zero, in the user's units
@@ -1095,33 +1075,21 @@ def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CP
     vocabulary = fit_vocabulary((word for review in words[parts[0]] for word in review), config.vocab_size)
     ids = [encode(review, vocabulary) for review in words]
     train, validation, test = (ReviewDataset(ids[part], labels[part], device) for part in parts)
-    contradicts = None if config.file else (reviews.praised[keep] != (labels == 1))[parts[2]]
-
-    def references() -> list[Reference]:
-        baselines = review_baselines(train, test, len(vocabulary))
-        if config.file:
-            return baselines
-        log_odds = reviews.log_odds[keep][parts[2]]
-        return [*baselines, binary_reference("Bayes decision", "ceiling", log_odds, labels[parts[2]])]
-
-    return TaskData(
-        train,
-        validation,
-        test,
-        from_data={"vocab_size": len(vocabulary), "output_dim": 1},
-        preprocessing={"vocabulary": list(vocabulary), "labels": list(reviews.names), "max_words": config.max_words},
-        facts={
-            "reviews": len(words),
-            "left out as empty or repeated": len(reviews.texts) - len(words),
-            f"share {reviews.names[1]}": float(labels.mean()),
-            "mean length (words)": float(np.mean([len(review) for review in words])),
-            "distinct words": len({word for review in words for word in review}),
-            "vocabulary": len(vocabulary),
-            "unknown words in the test split": float((test.inputs == 1).sum() / (test.inputs > 0).sum()),
-        },
-        references=references,
-        subsets={} if config.file else {CONTRADICTS: contradicts, AGREES: ~contradicts},
-    )
+    facts = {"reviews": len(words), "left out as empty or repeated": len(reviews.texts) - len(words)}
+    facts |= {f"share {reviews.names[1]}": labels.mean(), "mean length (words)": np.mean([len(r) for r in words])}
+    facts |= {"distinct words": len({word for review in words for word in review}), "vocabulary": len(vocabulary)}
+    facts |= {"unknown words in the test split": (test.inputs == 1).sum().item() / test.lengths.sum().item()}
+    preprocessing = {"vocabulary": list(vocabulary), "labels": list(reviews.names), "max_words": config.max_words}
+    subsets, ceiling = {}, []
+    if not config.file:
+        contradicts, log_odds = (
+            (x[keep])[parts[2]] for x in (reviews.praised != (reviews.labels == 1), reviews.log_odds)
+        )
+        subsets = {CONTRADICTS: contradicts, AGREES: ~contradicts}
+        ceiling = [binary_reference("Bayes decision", "ceiling", log_odds, labels[parts[2]])]
+    sizes = {"vocab_size": len(vocabulary), "output_dim": 1}
+    baselines = partial(review_baselines, train, test, len(vocabulary))
+    return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, subsets)
 
 
 def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU) -> TaskData:
@@ -1143,41 +1111,23 @@ def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU)
     ids = encode(words, vocabulary)
     train = CorpusDataset(ids[parts[0]], config.window, device=device)
     validation, test = (CorpusDataset(ids[part], config.window, MOST_WINDOWS, device) for part in parts[1:])
-    targets = slice(parts[2].start + config.window, None, test.stride)  # the words that the test windows ask for
-    subsets = {}
+    seen = set(zip(*(ids[parts[0]][i:] for i in range(config.window))))
+    facts = {"words": len(ids), "distinct words": len(set(words)), "vocabulary": len(vocabulary)}
+    facts |= {"test windows": len(test), "unknown words in the test split": (test.targets == 1).float().mean().item()}
+    facts |= {"test windows that also occur in training": np.mean([tuple(w) in seen for w in test.inputs.tolist()])}
+    subsets, ceiling = {}, []
     if text:
+        targets = slice(parts[2].start + config.window, None, test.stride)  # the words that the test windows ask for
         roles, distances = map(np.array, zip(*text.cues[targets]))
         for role, distance in sorted({*text.cues[targets]} - {("", 0)}):
             subsets[f"{role} {distance} words after its subject"] = (roles == role) & (distances == distance)
         subsets[FAR] = distances >= 5
-
-    def references() -> list[Reference]:
-        baselines = corpus_baselines(ids[parts[0]], test, len(vocabulary))
-        if not text:
-            return baselines
         entropy, best = np.array(text.entropy[targets]), np.array(text.best[targets])
-        return [*baselines, Reference("grammar's full state", "ceiling", entropy, best)]
-
-    seen = set(zip(*(ids[parts[0]][i:] for i in range(config.window))))
-    return TaskData(
-        train,
-        validation,
-        test,
-        from_data={"vocab_size": len(vocabulary)},
-        preprocessing={"vocabulary": list(vocabulary), "window": config.window},
-        facts={
-            "words": len(ids),
-            "distinct words": len(set(words)),
-            "vocabulary": len(vocabulary),
-            "test windows": len(test),
-            "unknown words in the test split": float((test.targets == 1).float().mean()),
-            "test windows that also occur in training": float(
-                np.mean([tuple(w) in seen for w in test.inputs.tolist()])
-            ),
-        },
-        references=references,
-        subsets=subsets,
-    )
+        ceiling = [Reference("grammar's full state", "ceiling", entropy, best)]
+    preprocessing = {"vocabulary": list(vocabulary), "window": config.window}
+    baselines = partial(corpus_baselines, ids[parts[0]], test, len(vocabulary))
+    sizes = {"vocab_size": len(vocabulary)}
+    return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, subsets)
 
 
 def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU) -> TaskData:
@@ -1195,22 +1145,12 @@ def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU
         raise InputError(f"constant over its first {TRAIN_SHARE:.0%}, the training part, or too large")
     train, validation, test = (SeriesDataset((values[part] - mean) / std, config.window, device) for part in parts)
 
-    def references() -> list[Reference]:
-        floor = np.full(len(test), config.noise / std)  # of a normal error e, E|e| is sqrt(2 / pi) deviations
-        ceiling = Reference("noise", "ceiling", floor**2, floor * math.sqrt(2 / math.pi))
-        return series_baselines(train, test) + ([] if config.file else [ceiling])
-
-    return TaskData(
-        train,
-        validation,
-        test,
-        from_data={"input_dim": 1, "output_dim": 1},
-        preprocessing={"scaler": {"mean": mean, "std": std}, "window": config.window},
-        facts={"steps": len(values), "season (steps)": season_of(train)},
-        references=references,
-        unit=std,
-        offset=mean,
-    )
+    floor = np.full(len(test), config.noise / std)  # of a normal error e, E|e| is sqrt(2 / pi) deviations
+    ceiling = [] if config.file else [Reference("noise", "ceiling", floor**2, floor * math.sqrt(2 / math.pi))]
+    preprocessing = {"scaler": {"mean": mean, "std": std}, "window": config.window}
+    facts, sizes = {"steps": len(values), "season (steps)": season_of(train)}, {"input_dim": 1, "output_dim": 1}
+    baselines = partial(series_baselines, train, test)
+    return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, unit=std, offset=mean)
 
 
 @dataclass(frozen=True)
@@ -1673,7 +1613,7 @@ def build_model(task: Task, name: str, config: TaskConfig, data: TaskData, seed:
     if name != base_name(name):  # an RNN needs about twice the LSTM's hidden units
         target = size(nn.LSTM, hidden_dim)
         hidden_dim = min(range(1, 3 * hidden_dim), key=lambda h: abs(size(model_class.layer, h) - target))
-    arguments = {**data.from_data, "hidden_dim": hidden_dim, "n_layers": config.n_layers, "dropout": config.dropout}
+    arguments = {**data.sizes, "hidden_dim": hidden_dim, "n_layers": config.n_layers, "dropout": config.dropout}
     arguments |= {"embed_dim": config.embed_dim} if hasattr(config, "embed_dim") else {}
     torch.manual_seed(torch_seed(seed, "weights"))
     return model_class(**arguments), arguments
@@ -1805,8 +1745,10 @@ def carry_out(
     }
     job.file(output_dir).unlink(missing_ok=True)  # one of another configuration must not stand beside this model
     if job.model == BASELINES:
-        references = [{"name": r.name, "kind": r.kind} | scores(r.loss, r.score) for r in data.references()]
-        record |= {"facts": dict(data.facts), "references": references}
+        references = [
+            {"name": r.name, "kind": r.kind} | scores(r.loss, r.score) for r in (*data.baselines(), *data.ceiling)
+        ]
+        record |= {"facts": {name: float(value) for name, value in data.facts.items()}, "references": references}
     else:
         model, arguments = build_model(task, job.model, config, data, job.seed)
         history = fit(model.to(device), task, data, config.training, job.seed, progress)
