@@ -28,7 +28,7 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import re
@@ -43,10 +43,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
-from itertools import combinations
+from itertools import combinations, product
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +52,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -97,11 +94,9 @@ class Training:
     clip_norm: float = 1.0  # larger gradients are scaled down to this norm
 
     def __post_init__(self) -> None:
-        require(
-            self.lr_patience + 1 < self.patience,
-            f"patience is {self.patience}; with lr_patience {self.lr_patience} it must be above "
-            f"{self.lr_patience + 1}, or training ends before the learning rate has fallen",
-        )
+        least = f"with lr_patience {self.lr_patience} it must be above {self.lr_patience + 1}"
+        early = f"patience is {self.patience}; {least}, or training ends before the learning rate has fallen"
+        require(self.patience > self.lr_patience + 1, early)
 
 
 @dataclass(frozen=True)
@@ -198,12 +193,9 @@ def torch_seed(seed: int, purpose: str) -> int:
 
 
 class SequenceDataset(Dataset):
-    """Inputs and targets as tensors on one device; a batch is fetched by one indexing operation, not item by item.
+    """Inputs and targets as tensors on one device; `lengths` (N,): how many leading time steps of each hold data."""
 
-    `lengths` (N,) says how many leading time steps of each example hold data.
-    """
-
-    def __init__(self, inputs: Tensor, targets: Tensor, lengths: Tensor) -> None:
+    def __init__(self, inputs: Tensor, targets: Tensor, lengths: Tensor):
         self.inputs, self.targets, self.lengths = inputs, targets, lengths
 
     def __len__(self) -> int:
@@ -213,7 +205,7 @@ class SequenceDataset(Dataset):
         return self.inputs[index], self.targets[index]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch, cut to the longest of its examples; torch's DataLoader calls this when it is there."""
+        """A batch by one indexing operation, cut to the longest of its examples; torch's DataLoader calls this."""
         rows = torch.as_tensor(indices)
         longest = int(self.lengths[rows].max())
         return self.inputs[rows, :longest], self.targets[rows]
@@ -222,22 +214,16 @@ class SequenceDataset(Dataset):
 class ReviewDataset(SequenceDataset):
     """Reviews as word ids padded on the right with 0: inputs (N, T) long, targets (N, 1) float, 1 = positive."""
 
-    def __init__(self, reviews: Sequence[Sequence[int]], labels: Sequence[int], device: torch.device = CPU) -> None:
-        lengths = np.array([len(review) for review in reviews])
-        ids = np.zeros((len(reviews), lengths.max()), dtype=np.int64)
-        for row, review in zip(ids, reviews):
-            row[: len(review)] = review
+    def __init__(self, reviews: Sequence[Sequence[int]], labels: Sequence[int], device: torch.device = CPU):
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(review) for review in reviews], batch_first=True)
         targets = torch.tensor(labels, dtype=torch.float32, device=device).unsqueeze(1)
-        super().__init__(torch.from_numpy(ids).to(device), targets, torch.from_numpy(lengths))
+        super().__init__(ids.to(device), targets, torch.tensor([len(review) for review in reviews]))
 
 
 class CorpusDataset(SequenceDataset):
-    """Windows of a running text and the word after each: inputs (N, T) long, targets (N,) long, both views.
+    """Windows of a text, or about `most` evenly spaced ones, and the word after each: (N, T) and (N,) long, views."""
 
-    Every window, or, if there are more, about `most` that are evenly spaced.
-    """
-
-    def __init__(self, ids: Sequence[int], window: int, most: int = 2**62, device: torch.device = CPU) -> None:
+    def __init__(self, ids: Sequence[int], window: int, most: int = 2**62, device: torch.device = CPU):
         self.stride = math.ceil((len(ids) - window) / most)
         rows = torch.as_tensor(ids, dtype=torch.long, device=device).unfold(0, window + 1, self.stride)  # (N, T + 1)
         super().__init__(rows[:, :-1], rows[:, -1], torch.tensor(window).expand(len(rows)))
@@ -246,19 +232,18 @@ class CorpusDataset(SequenceDataset):
 class SeriesDataset(SequenceDataset):
     """Every window of a series and the value after it: inputs (N, T, 1) float, targets (N, 1) float, both views."""
 
-    def __init__(self, values: Sequence[float], window: int, device: torch.device = CPU) -> None:
+    def __init__(self, values: Sequence[float], window: int, device: torch.device = CPU):
         rows = torch.as_tensor(values, dtype=torch.float32, device=device).unfold(0, window + 1, 1)  # (N, T + 1)
         super().__init__(rows[:, :-1, None], rows[:, -1:], torch.tensor(window).expand(len(rows)))
 
 
 class LengthBuckets(Sampler):
-    """Shuffled batches of examples of similar length, so that little time goes into padding.
+    """Shuffled batches of examples of similar length, so that little time goes into padding; drawn anew every epoch.
 
-    Examples are shuffled, cut into pools of `pool` batches, sorted by length within each pool, cut into
-    batches, and the batches shuffled: all drawn anew every epoch. With equal lengths this is plain shuffling.
+    Shuffled examples are sorted by length within pools of `pool` batches. With equal lengths this is plain shuffling.
     """
 
-    def __init__(self, lengths: Tensor, batch_size: int, rng: np.random.Generator, pool: int = 32) -> None:
+    def __init__(self, lengths: Tensor, batch_size: int, rng: np.random.Generator, pool: int = 32):
         self.lengths, self.batch_size, self.rng, self.pool = lengths.numpy(), batch_size, rng, pool
 
     def __len__(self) -> int:
@@ -273,10 +258,7 @@ class LengthBuckets(Sampler):
 
 
 def fit_vocabulary(words: Iterable[str], size: int) -> dict[str, int]:
-    """The id of each word: 0 is padding, 1 any unknown word, then the most frequent (pass the training split's alone).
-
-    They go by falling frequency, then alphabet.
-    """
+    """The id of each word: 0 padding, 1 any unknown word, then the training split's by frequency, then alphabet."""
     counts = Counter(words)
     counts.pop(UNK, None)  # some corpora come with it
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
@@ -309,16 +291,14 @@ def three_parts(n: int, least: int, what: str) -> tuple[slice, slice, slice]:
 
 POSITIVE = """good great moving brilliant charming funny clever gripping tender superb fresh honest elegant thrilling
     warm vivid""".split()
-NEGATIVE = """bad dull wooden clumsy boring awful shallow lazy tedious bland noisy stale cheap silly weak
-    cold""".split()
+NEGATIVE = "bad dull wooden clumsy boring awful shallow lazy tedious bland noisy stale cheap silly weak cold".split()
 ASPECTS = """plot acting script music camera pacing ending dialogue cast score editing humour story drama lighting
     costume""".split()
 AFFIRMATIONS = "was is felt seemed looked stayed".split()
 NEGATIONS = "wasn't isn't never hardly".split()
 CONJUNCTIONS = "while as when because and then but until where after".split()
-VERBS = (
-    "waits returns sings leaves dreams runs hides wins falls listens smiles drives fights dances writes travels".split()
-)
+VERBS = """waits returns sings leaves dreams runs hides wins falls listens smiles drives fights dances writes
+    travels""".split()
 TRIUMPHS, FAILURES = "triumph delight treat".split(), "failure disaster bore".split()
 CHARACTERS = """hero heroine villain detective stranger doctor soldier widow orphan priest thief reporter queen butler
     cousin everyone nobody somebody he she""".split()
@@ -333,15 +313,6 @@ NAME_TAILS = """acre bank beck berg bourne bridge brook burn bury by church clif
     down ely fell field fold ford garth gate gill glade grange grave grove ham hay head hill holt house hurst keld land
     leigh lock low mere mond more mouth ness park pool port ridge road rick row scott shaw shire side son stead stoke
     stone stow thorpe thwaite toft ton tree vale view ville wall ward water way well wick wold worth yard""".split()
-
-
-def draw_surnames(n: int, rng: np.random.Generator) -> list[str]:
-    """Invented surnames, Zipf-distributed: the r-th most famous has a probability in proportion to 1 / r."""
-    shape = len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS)
-    size = math.prod(shape)
-    fame = (size ** rng.random(n)).astype(int) - 1  # a log-uniform rank is Zipf-distributed
-    parts = np.unravel_index(fame * 7919 % size, shape)  # a prime: neighbours in fame do not look alike
-    return [(NAME_HEADS[i] + NAME_MIDDLES[j] + NAME_TAILS[k]).title() for k, j, i in zip(*parts)]
 
 
 @dataclass(frozen=True)
@@ -369,63 +340,56 @@ def generate_reviews(config: ClassifierConfig, rng: np.random.Generator) -> Revi
     sum while they pass over what does not matter (Hochreiter & Schmidhuber 1997); a vanilla RNN rewrites its
     whole state at every word. Negation is invisible to a bag of words.
     """
-    n_reviews = config.n_reviews
+    n_reviews, (least, most) = config.n_reviews, config.phrases
     labels = rng.permutation(np.arange(n_reviews) % 2)
-    least, most = config.phrases
     n_phrases = (least + (most + 1 - least) * rng.random(n_reviews) ** 2).astype(int)  # few reviews are long
-    owner = np.repeat(np.arange(n_reviews), n_phrases)  # (P,): the review that each phrase belongs to
+    owner, n = np.repeat(np.arange(n_reviews), n_phrases), n_phrases.sum()  # (n,): the review of each phrase
     clarity = rng.uniform(*config.clarity, n_reviews)
-    favourable = (rng.random(len(owner)) < clarity[owner]) == (labels[owner] == 1)
-    is_opinion = rng.random(len(owner)) < config.opinion_rate
-    n = len(owner)
+    favourable = (rng.random(n) < clarity[owner]) == (labels[owner] == 1)
+    is_opinion = rng.random(n) < config.opinion_rate
     # an opinion for each phrase, some put as the negation of the opposite
     negated = rng.random(n) < config.negation_rate
     adjectives = np.where(favourable != negated, rng.choice(POSITIVE, n), rng.choice(NEGATIVE, n))
     verbs = np.where(negated, rng.choice(NEGATIONS, n), rng.choice(AFFIRMATIONS, n))
     opinions = np.stack([rng.choice(ASPECTS, n), verbs, adjectives], axis=1)
     # an aside for each phrase, which says nothing about the film's worth
-    who = np.where(rng.random(n) < config.name_rate, draw_surnames(n, rng), rng.choice(CHARACTERS, n))
+    named, shape = rng.random(n) < config.name_rate, (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS))
+    size = math.prod(shape)
+    fame = (size ** rng.random(n)).astype(int) - 1  # a log-uniform rank is Zipf-distributed
+    parts = np.unravel_index(fame * 7919 % size, shape)  # a prime: neighbours in fame do not look alike
+    surnames = [(NAME_HEADS[i] + NAME_MIDDLES[j] + NAME_TAILS[k]).title() for k, j, i in zip(*parts)]
+    who = np.where(named, surnames, rng.choice(CHARACTERS, n))
     asides = np.stack([rng.choice(CONJUNCTIONS, n), who, rng.choice(VERBS, n)], axis=1)
-    phrases = np.where(is_opinion[:, None], opinions, asides)  # (P, 3)
+    phrases = np.where(is_opinion[:, None], opinions, asides)  # (n, 3)
     praised = (rng.random(n_reviews) < config.verdict_reliability) == (labels == 1)
     verdicts = np.where(praised, rng.choice(TRIUMPHS, n_reviews), rng.choice(FAILURES, n_reviews))
     bodies = np.split([" ".join(phrase) for phrase in phrases.tolist()], np.cumsum(n_phrases)[:-1])
-    texts = [punctuate([*body, f"in all a {verdict}"], rng) for body, verdict in zip(bodies, verdicts)]
+    texts = []
+    for body, verdict in zip(bodies, verdicts):  # sentences of a few phrases; the tokenizer takes their ends out again
+        marks = [*np.where(rng.random(len(body) + 1) < 0.4, ". ", ", ")[:-1], "."]
+        text = "".join(phrase + mark for phrase, mark in zip([*body, f"in all a {verdict}"], marks))
+        texts.append(". ".join(sentence[0].upper() + sentence[1:] for sentence in text.split(". ")))
     # Bayes' rule for a reader who gets every opinion right: favourable opinions and the verdict are all that depends
     # on the label, so no classifier can be right more often, on average, than the sign of these log odds
-    n = np.bincount(owner[is_opinion], minlength=n_reviews)[:, None]  # opinions
-    k = np.bincount(owner[is_opinion & favourable], minlength=n_reviews)[:, None]  # favourable ones
+    for_it = np.bincount(owner[is_opinion & favourable], minlength=n_reviews)[:, None]
+    against = np.bincount(owner[is_opinion & ~favourable], minlength=n_reviews)[:, None]
     clarity = np.linspace(*config.clarity, 201)  # uniform prior, integrated on a grid
-    positive = np.mean(clarity**k * (1 - clarity) ** (n - k), axis=1)
-    negative = np.mean(clarity ** (n - k) * (1 - clarity) ** k, axis=1)
+    positive = np.mean(clarity**for_it * (1 - clarity) ** against, axis=1)
+    negative = np.mean(clarity**against * (1 - clarity) ** for_it, axis=1)
     verdict = math.log(config.verdict_reliability / (1 - config.verdict_reliability))
     log_odds = np.log(positive / negative) + np.where(praised, verdict, -verdict)
     return Reviews(texts, labels, log_odds=log_odds, praised=praised)
 
 
-def punctuate(phrases: Sequence[str], rng: np.random.Generator) -> str:
-    """Phrases joined into sentences of one to four; the tokenizer takes the punctuation out again."""
-    ends = rng.random(len(phrases)) < 0.4
-    text, start = "", True
-    for phrase, end in zip(phrases, [*ends[:-1], True]):
-        text += (phrase[0].upper() + phrase[1:] if start else phrase) + (". " if end else ", ")
-        start = end
-    return text.strip()
-
-
 # --- corpus ---------------------------------------------------------------------------
 
-AREAS = {  # area: subjects, verbs, objects
-    "sea": ("sailor captain diver fisher pilot", "steers anchors boards paints", "boat ship net harbour sail"),
-    "kitchen": ("cook baker waiter guest grocer", "tastes stirs serves burns", "soup bread sauce cake roast"),
-    "farm": ("farmer shepherd miller gardener groom", "feeds ploughs mows fences", "field barn cow orchard meadow"),
-    "music": ("singer drummer pianist composer dancer", "rehearses hums records plays", "song waltz march ballad tune"),
-    "court": ("judge lawyer clerk bailiff juror", "signs reads disputes settles", "case law letter claim verdict"),
-    "school": (
-        "teacher pupil tutor librarian scholar",
-        "explains recites marks learns",
-        "lesson poem map essay riddle",
-    ),
+AREAS = {  # area: subjects / verbs / objects
+    "sea": "sailor captain diver fisher pilot / steers anchors boards paints / boat ship net harbour sail",
+    "kitchen": "cook baker waiter guest grocer / tastes stirs serves burns / soup bread sauce cake roast",
+    "farm": "farmer shepherd miller gardener groom / feeds ploughs mows fences / field barn cow orchard meadow",
+    "music": "singer drummer pianist composer dancer / rehearses hums records plays / song waltz march ballad tune",
+    "court": "judge lawyer clerk bailiff juror / signs reads disputes settles / case law letter claim verdict",
+    "school": "teacher pupil tutor librarian scholar / explains recites marks learns / lesson poem map essay riddle",
 }
 PREPOSITIONS = "near behind beside with without".split()
 ADVERBS = "often rarely always quietly gladly".split()
@@ -468,13 +432,13 @@ def peaked(words: Sequence[str], favourite: int, rate: float, share: float = 1.0
 class Grammar:
     """Nouns and verbs of every area in singular and plural; the grammar of `generate_corpus`."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.subjects, self.verbs, self.objects = {}, {}, {}
-        for area, (subjects, verbs, objects) in AREAS.items():
-            self.objects[area] = objects.split()
+        for area, words in AREAS.items():
+            subjects, verbs, self.objects[area] = (part.split() for part in words.split("/"))
             for number, noun_end, verb_end in (("singular", "", "s"), ("plural", "s", "")):
-                self.verbs[area, number] = [verb.removesuffix("s") + verb_end for verb in verbs.split()]
-                self.subjects |= {noun + noun_end: (area, number, i) for i, noun in enumerate(subjects.split())}
+                self.verbs[area, number] = [verb.removesuffix("s") + verb_end for verb in verbs]
+                self.subjects |= {noun + noun_end: (area, number, i) for i, noun in enumerate(subjects)}
 
     def add_sentence(self, text: Transcript, favourite_rate: float) -> None:
         """Add one sentence to `text`."""
@@ -566,35 +530,31 @@ def user_file(path: str, column: str = "") -> UserFile:
 
 
 def read_table(text: str) -> pd.DataFrame:
-    """The cells of a CSV text as strings, its header among them; row i of the file has the label i.
-
-    Commas, semicolons or tabs separate the columns, whichever the first line holds most of. Raises InputError.
-    """
+    """The cells of a CSV text as strings, its header among them; row i of the file has the label i. InputError."""
+    blank = text[: len(text) - len(text.lstrip("\r\n"))].count("\n")  # lines before the first
     text = text.strip("\r\n")
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    try:  # blank lines stay: in a series they are gaps
-        table = pd.read_csv(
-            io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False
-        )
+    separator = max(",;\t", key=text.partition("\n")[0].count)  # whichever the first line holds most of
+    as_it_stands = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}  # a gap is blank
+    try:
+        table = pd.read_csv(io.StringIO(text), sep=separator, **as_it_stands)
     except ValueError as error:
         raise InputError(f"not a table ({' '.join(str(error).split())})") from error
-    table.index += 1
+    table.index += 1 + blank
     return table.apply(lambda cells: cells.str.strip())
 
 
 def read_reviews(text: str) -> Reviews:
-    """The reviews of a CSV text with the columns `text` and `label`; raises InputError.
-
-    The label that comes second in alphabetical order counts as positive: 1 after 0, pos after neg.
-    """
+    """The reviews of a CSV text with the columns `text` and `label`; raises InputError."""
     table = read_table(text)
     header, rows = table.iloc[0].tolist(), table.iloc[1:]
     for column in ("text", "label"):
         if column not in header:
             raise InputError(f"there is no column '{column}'; its columns are {', '.join(header)}")
     rows = rows[(rows != "").any(axis=1)]  # without blank lines
-    texts, labels = (rows[header.index(column)] for column in ("text", "label"))
-    names = sorted(set(labels))
+    texts, labels = rows[header.index("text")], rows[header.index("label")]
+    for row in labels.index[labels == ""]:  # the first will do
+        raise InputError(f"row {row} holds no label")
+    names = sorted(set(labels))  # the second in the alphabet counts as positive: 1 after 0, pos after neg
     if len(names) != 2:
         some = ", ".join(map(repr, names[:5])) + ", ..." * (len(names) > 5)
         raise InputError(f"the column 'label' holds {len(names)} different values ({some}); two are needed")
@@ -620,12 +580,10 @@ def read_series(text: str, column: str = "") -> np.ndarray:
     if column not in header:
         raise InputError(f"there is no column '{column}'; its columns are {', '.join(header)}")
     values, cells = numbers[header.index(column)], table[header.index(column)]
-    wrong = ~np.isfinite(values)
-    if wrong.any():
-        row, cell = wrong.idxmax(), cells[wrong.idxmax()]
+    for row, cell in cells[~np.isfinite(values)].items():  # the first will do
         missing = cell.lower() in ("", "na", "nan", "null", "none")
-        found = "holds no value" if missing else f"holds {cell[:40]!r}, which is not a finite number"
-        raise InputError(f"row {row} {found} in the column '{column}'")
+        found = "no value" if missing else f"{cell[:40]!r}, which is not a finite number"
+        raise InputError(f"row {row} holds {found} in the column '{column}'")
     return values.to_numpy(dtype=float)
 
 
@@ -636,12 +594,12 @@ def read_series(text: str, column: str = "") -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reference:
-    """A baseline or a ceiling: what it scores on each test example, in the units of the task's loss and score."""
+    """A baseline or a ceiling: what it scores on each test example (N,), in the units of the task's loss and score."""
 
     name: str
     kind: str  # "baseline" or "ceiling"
-    loss: np.ndarray  # (N,)
-    score: np.ndarray  # (N,)
+    loss: np.ndarray
+    score: np.ndarray
 
 
 def binary_reference(name: str, kind: str, log_odds: np.ndarray, labels: np.ndarray) -> Reference:
@@ -651,10 +609,7 @@ def binary_reference(name: str, kind: str, log_odds: np.ndarray, labels: np.ndar
 
 
 def review_baselines(train: ReviewDataset, test: ReviewDataset, vocab_size: int) -> list[Reference]:
-    """Always the more frequent class, and multinomial naive Bayes (Manning, Raghavan & Schuetze 2008, ch. 13).
-
-    Both with add-one smoothing; naive Bayes goes by single words.
-    """
+    """The majority class, and multinomial add-one naive Bayes (Manning, Raghavan & Schuetze 2008, ch. 13)."""
     ids, labels, truth = (t.cpu().numpy() for t in (train.inputs, train.targets[:, 0], test.targets[:, 0]))
     prior = math.log((labels.sum() + 1) / (len(labels) - labels.sum() + 1))  # log odds of label 1
     counts = np.stack([np.bincount(ids[labels == y].ravel(), minlength=vocab_size) for y in (0, 1)])[:, 1:] + 1.0
@@ -671,14 +626,13 @@ class NGram:
     shorter ones in them, are counted: all those of a long text would fill the memory.
     """
 
-    def __init__(self, ids: Sequence[int], order: int, vocab_size: int, contexts: Iterable[tuple]) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, ids: Sequence[int], order: int, vocab_size: int, contexts: Iterable[tuple]):
+        self.vocab_size, self.likeliest = vocab_size, cache(self.find_likeliest)
         self.followers = {context[i:]: Counter() for context in contexts for i in range(len(context) + 1)}
         for n in range(order):
             for *context, word in zip(*(ids[i:] for i in range(n + 1))):
-                if (known := self.followers.get(tuple(context))) is not None:
-                    known[word] += 1
-        self.likeliest = cache(self.find_likeliest)
+                if tuple(context) in self.followers:
+                    self.followers[tuple(context)][word] += 1
 
     def probability(self, context: tuple, word: int) -> float:
         """P(word | context), which mixes every order down to the uniform distribution."""
@@ -697,10 +651,10 @@ def corpus_baselines(train: Sequence[int], test: CorpusDataset, vocab_size: int)
     windows, words, found = [tuple(w) for w in test.inputs[:, -2:].tolist()], test.targets.tolist(), []
     model = NGram(train, 3, vocab_size, set(windows))
     for n, name in enumerate(("unigram", "bigram", "trigram")):
-        contexts = [window[len(window) - n :] for window in windows]
-        loss = [-math.log(model.probability(context, word)) for context, word in zip(contexts, words)]
-        hits = [float(model.likeliest(context) == word) for context, word in zip(contexts, words)]
-        found.append(Reference(name, "baseline", np.array(loss), np.array(hits)))
+        asked = [(window[len(window) - n :], word) for window, word in zip(windows, words)]
+        loss = np.array([-math.log(model.probability(*each)) for each in asked])
+        hits = np.array([float(model.likeliest(context) == word) for context, word in asked])
+        found.append(Reference(name, "baseline", loss, hits))
     return found
 
 
@@ -714,16 +668,12 @@ def season_of(train: SeriesDataset) -> int:
 
 
 def series_baselines(train: SeriesDataset, test: SeriesDataset) -> list[Reference]:
-    """Persistence, the value a season ago, and least squares on the same window with an intercept.
-
-    Least squares takes about `MOST_WINDOWS` windows of a long series, and is done in torch, on one thread: NumPy's
-    last digits depend on the number of its threads.
-    """
-    rows, targets = train.inputs[:, :, 0].cpu(), train.targets.cpu()
-    step = math.ceil(len(rows) / MOST_WINDOWS)
-    design = F.pad(rows[::step].double(), (0, 1), value=1.0)  # (N, T) -> (N, T + 1)
-    weights = torch.linalg.lstsq(design, targets[::step].double(), driver="gelsd").solution[:, 0]  # gelsd: any rank
-    windows = test.inputs[:, :, 0].cpu()
+    """Persistence, the value a season ago, and least squares with an intercept on about `MOST_WINDOWS` windows."""
+    step, windows = math.ceil(len(train) / MOST_WINDOWS), test.inputs[:, :, 0].cpu()
+    design = F.pad(train.inputs[:, :, 0].cpu()[::step].double(), (0, 1), value=1.0)  # (N, T) -> (N, T + 1)
+    targets = train.targets.cpu()[::step].double()
+    # in torch, on one thread: NumPy's last digits depend on the number of its threads; gelsd takes any rank
+    weights = torch.linalg.lstsq(design, targets, driver="gelsd").solution[:, 0]
     chunks = windows.split(MOST_WINDOWS)  # in pieces: windows are views, their products are not
     forecasts = {
         "persistence": windows[:, -1],
@@ -746,44 +696,41 @@ class Recurrent(nn.Module):
     biases at 0 and an LSTM's forget bias at 1 (Jozefowicz et al. 2015).
     """
 
-    def __init__(self, layer: type[nn.RNNBase], input_dim: int, hidden_dim: int, n_layers: int, dropout: float) -> None:
+    def __init__(self, layer: type[nn.RNNBase], input_dim: int, hidden_dim: int, n_layers: int, dropout: float):
         super().__init__()
         between_layers = dropout if n_layers > 1 else 0.0
         self.rnn = layer(input_dim, hidden_dim, n_layers, batch_first=True, dropout=between_layers)
+        initialise = {"weight_hh": nn.init.orthogonal_, "weight_ih": nn.init.xavier_uniform_}
         for name, weight in self.rnn.named_parameters():
             gates = weight.detach().split(hidden_dim)  # one per gate
-            if name.startswith("bias"):
-                nn.init.zeros_(weight)
-                if layer is nn.LSTM and name.startswith("bias_ih"):
-                    gates[1].fill_(1.0)  # the forget gate's; PyTorch's order is input, forget, cell, output
-            else:
-                initialise = nn.init.orthogonal_ if name.startswith("weight_hh") else nn.init.xavier_uniform_
-                for gate in gates:
-                    initialise(gate)
+            for gate in gates:
+                initialise.get(name[:9], nn.init.zeros_)(gate)
+            if layer is nn.LSTM and name.startswith("bias_ih"):
+                gates[1].fill_(1.0)  # the forget gate's; PyTorch's order is input, forget, cell, output
 
     def forward(self, inputs: Tensor, last: Tensor | None = None) -> Tensor:
         """`last` (B,): index of each sequence's last real step; without it, the last step of all."""
         states, _ = self.rnn(inputs)  # (B, T, F) -> (B, T, H)
-        if last is None:
-            return states[:, -1]  # (B, H)
-        return states[torch.arange(len(states), device=states.device), last]  # (B, H)
+        return (
+            states[:, -1] if last is None else states[torch.arange(len(states), device=states.device), last]
+        )  # (B, H)
 
 
 class SequenceModel(nn.Module):
     """What the three kinds of models share; a subclass of each names the recurrent `layer`.
 
     A trained model, as `load_checkpoint` returns it, also has its `preprocessing`, which turns a user's words or
-    values into its input and its output back, and its `metrics` on the test split.
+    values into its input and its output back, and its `metrics` on the test split. Its `describe` gives what the
+    command line prints of a prediction from a text.
     """
 
-    layer: type[nn.RNNBase]
+    layer: type[nn.RNNBase] | None = None
     sample: str | Sequence[float] = "the"  # that can be predicted from
     preprocessing: Mapping = {}
     metrics: Mapping[str, float] = {}
 
-    def describe(self, text: str, options: argparse.Namespace) -> str:
-        """What the command line prints of a prediction from `text`."""
-        raise NotImplementedError
+    def __init_subclass__(cls, layer: type[nn.RNNBase] | None = None) -> None:
+        cls.layer = layer or cls.layer
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -797,13 +744,12 @@ class SequenceModel(nn.Module):
 class Classifier(SequenceModel):
     """Embedding -> recurrent layer -> dropout -> dense -> sigmoid.
 
-    Input: word ids (B, T) long, padded on the right with 0. Output: probabilities (B, output_dim). The state
-    that is read is the one after the last real word, so padding changes nothing.
+    Ids (B, T) long, padded on the right with 0 -> probabilities (B, output_dim), read after the last real word.
     """
 
     def __init__(
         self, vocab_size: int, embed_dim: int, hidden_dim: int, output_dim: int, n_layers: int = 1, dropout: float = 0.2
-    ) -> None:
+    ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embed_dim, padding_idx=0)
         with torch.no_grad():  # small, so that rare words, which training hardly moves, say little
@@ -820,11 +766,10 @@ class Classifier(SequenceModel):
 
     @torch.no_grad()
     def predict(self, texts: str | Sequence[str]) -> list[tuple[str | None, float]]:
-        """The likelier label of each text and its probability.
+        """The likelier label of each text and its probability; without any word, None and nan.
 
         Words that training did not know count as one and the same unknown word. Of a text longer than the
-        reviews of training the last `max_words` words are read, as in training. A text without any word has
-        no label: None, and a probability of nan.
+        reviews of training the last `max_words` words are read, as in training.
         """
         texts, (first, second) = [texts] if isinstance(texts, str) else texts, self.preprocessing["labels"]
         reviews = [tokenize(text, WORDS)[-self.preprocessing["max_words"] :] for text in texts]
@@ -834,8 +779,7 @@ class Classifier(SequenceModel):
         for start in range(0, len(with_words), 256):
             rows = with_words[start : start + 256]
             ids = ReviewDataset([encode(reviews[i], self.vocabulary) for i in rows], [0] * len(rows)).inputs
-            probabilities = self(ids)[:, 0].tolist()
-            for i, p in zip(rows, probabilities):
+            for i, p in zip(rows, self(ids)[:, 0].tolist()):
                 predictions[i] = (second, p) if p > 0.5 else (first, 1 - p)
         return predictions
 
@@ -845,14 +789,9 @@ class Classifier(SequenceModel):
 
 
 class Predictor(SequenceModel):
-    """Embedding -> recurrent layer -> dropout -> dense.
+    """Embedding -> recurrent layer -> dropout -> dense: ids (B, T) long -> logits (B, V), as the loss takes them."""
 
-    Input: word ids (B, T) long. Output: logits (B, vocab_size); the softmax is in the loss.
-    """
-
-    def __init__(
-        self, vocab_size: int, embed_dim: int, hidden_dim: int, n_layers: int = 1, dropout: float = 0.2
-    ) -> None:
+    def __init__(self, vocab_size: int, embed_dim: int, hidden_dim: int, n_layers: int = 1, dropout: float = 0.2):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.recurrent = Recurrent(self.layer, embed_dim, hidden_dim, n_layers, dropout)
@@ -865,10 +804,7 @@ class Predictor(SequenceModel):
 
     @torch.no_grad()
     def next_logits(self, words: Sequence[str]) -> Tensor:
-        """Logits (V,) of the word that follows `words`, of which the last `window` are read.
-
-        Without any word the beginning of a sentence is assumed. Unknown words count as one and the same.
-        """
+        """Logits (V,) of the word that follows `words`, of which the last `window` are read; without, of a sentence."""
         ids = encode(words[-self.preprocessing["window"] :] or ["."], self.vocabulary)
         logits = self.eval()(torch.tensor([ids]))[0]
         logits[:2] = -math.inf  # <pad> and <unk> are no words
@@ -876,16 +812,12 @@ class Predictor(SequenceModel):
 
     def predict(self, text: str, n: int = 5) -> list[tuple[str, float]]:
         """The `n` likeliest next words of the vocabulary with their probabilities among all that it holds."""
-        logits = self.next_logits(tokenize(text, WORDS_AND_ENDS))
-        probabilities, ids = logits.softmax(dim=0).topk(min(n, len(self.vocabulary) - 2))
-        known = list(self.vocabulary)
-        return [(known[i], p) for i, p in zip(ids.tolist(), probabilities.tolist())]
+        probabilities = self.next_logits(tokenize(text, WORDS_AND_ENDS)).softmax(dim=0)
+        likeliest, known = probabilities.topk(min(n, len(self.vocabulary) - 2)), list(self.vocabulary)
+        return [(known[i], p) for p, i in zip(*(values.tolist() for values in likeliest))]
 
     def continue_text(self, text: str, length: int = 20, temperature: float = 1.0, seed: int = 42) -> str:
-        """The next `length` words, each drawn from the model's probabilities to the power 1 / `temperature`.
-
-        At temperature 0 the likeliest word is taken each time. The same seed gives the same words.
-        """
+        """The next `length` words, each drawn from the model's probabilities to the power 1 / `temperature`."""
         words, known = tokenize(text, WORDS_AND_ENDS), list(self.vocabulary)
         start, generator = len(words), torch.Generator().manual_seed(seed)
         for _ in range(length):
@@ -900,16 +832,11 @@ class Predictor(SequenceModel):
 
 
 class Forecaster(SequenceModel):
-    """Recurrent layers -> dense -> ReLU -> dense.
-
-    Input: values (B, T, input_dim) float. Output: the next values (B, output_dim).
-    """
+    """Recurrent layers -> dropout -> dense -> ReLU -> dense: values (B, T, input_dim) -> the next (B, output_dim)."""
 
     sample = (0.0, 0.0)
 
-    def __init__(
-        self, input_dim: int, hidden_dim: int, output_dim: int, n_layers: int = 2, dropout: float = 0.2
-    ) -> None:
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, n_layers: int = 2, dropout: float = 0.2):
         super().__init__()
         self.recurrent = Recurrent(self.layer, input_dim, hidden_dim, n_layers, dropout)
         self.dropout = nn.Dropout(dropout)
@@ -935,11 +862,13 @@ class Forecaster(SequenceModel):
         Of the series the last `window` values are read; a shorter one is read whole, which is less than the
         model was trained on. Raises InputError if there is no value or one that is not finite.
         """
-        values = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(dtype=float)
-        if not (len(values) and np.isfinite(values).all()):
+        with suppress(TypeError, ValueError, OverflowError):
+            values = np.array(values, dtype=float)
+        if not (isinstance(values, np.ndarray) and values.ndim == 1 and len(values) and np.isfinite(values).all()):
             raise InputError("a series must hold one or more finite values, in one dimension")
-        mean, std = (self.preprocessing["scaler"][name] for name in ("mean", "std"))
-        scaled = torch.as_tensor((values[-self.preprocessing["window"] :] - mean) / std, dtype=torch.float32)
+        (mean, std), window = (self.preprocessing["scaler"][k] for k in ("mean", "std")), self.preprocessing["window"]
+        require(std > 0, f"a scaler of {std}")
+        scaled = torch.as_tensor((values[-window:] - mean) / std, dtype=torch.float32)
         forecasts = self.roll_forward(scaled[None, :, None], length)[0].double().numpy() * std + mean
         require(np.isfinite(forecasts).all(), "a forecast that is not finite")
         return forecasts
@@ -949,58 +878,40 @@ class Forecaster(SequenceModel):
         return "\n".join(["step,value", *(f"{step},{value}" for step, value in enumerate(values, start=1))])
 
 
-class RNNClassifier(Classifier):
+class RNNClassifier(Classifier, layer=nn.RNN):
     """Text classifier on a vanilla RNN with tanh units (Elman 1990)."""
 
-    layer = nn.RNN
 
-
-class LSTMClassifier(Classifier):
+class LSTMClassifier(Classifier, layer=nn.LSTM):
     """Text classifier on long short-term memory (Hochreiter & Schmidhuber 1997, Gers et al. 2000)."""
 
-    layer = nn.LSTM
 
-
-class GRUClassifier(Classifier):
+class GRUClassifier(Classifier, layer=nn.GRU):
     """Text classifier on gated recurrent units (Cho et al. 2014)."""
 
-    layer = nn.GRU
 
-
-class RNNPredictor(Predictor):
+class RNNPredictor(Predictor, layer=nn.RNN):
     """Next-word predictor on a vanilla RNN with tanh units (Elman 1990)."""
 
-    layer = nn.RNN
 
-
-class LSTMPredictor(Predictor):
+class LSTMPredictor(Predictor, layer=nn.LSTM):
     """Next-word predictor on long short-term memory (Hochreiter & Schmidhuber 1997, Gers et al. 2000)."""
 
-    layer = nn.LSTM
 
-
-class GRUPredictor(Predictor):
+class GRUPredictor(Predictor, layer=nn.GRU):
     """Next-word predictor on gated recurrent units (Cho et al. 2014)."""
 
-    layer = nn.GRU
 
-
-class RNNForecaster(Forecaster):
+class RNNForecaster(Forecaster, layer=nn.RNN):
     """Forecaster on a vanilla RNN with tanh units (Elman 1990)."""
 
-    layer = nn.RNN
 
-
-class LSTMForecaster(Forecaster):
+class LSTMForecaster(Forecaster, layer=nn.LSTM):
     """Forecaster on long short-term memory (Hochreiter & Schmidhuber 1997, Gers et al. 2000)."""
 
-    layer = nn.LSTM
 
-
-class GRUForecaster(Forecaster):
+class GRUForecaster(Forecaster, layer=nn.GRU):
     """Forecaster on gated recurrent units (Cho et al. 2014)."""
-
-    layer = nn.GRU
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -1011,21 +922,17 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def describe_layers(model: nn.Module, inputs: Tensor) -> list[dict]:
-    """The layers in the order in which `inputs` (B, ...) pass them, read off the live model.
-
-    Each has its `kind` (class), `settings`, `shape` of the output without the batch dimension, and number of
-    `parameters`.
-    """
-    layers = []
+    """The layers in the order in which `inputs` pass them: kind, settings, output shape without B, parameters."""
+    layers, hooks = [], []
 
     def describe(module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-        states = output[0] if isinstance(output, tuple) else output
-        count = sum(p.numel() for p in module.parameters(recurse=False))
-        layer = {"kind": type(module).__name__, "settings": module.extra_repr(), "shape": list(states.shape[1:])}
-        layers.append(layer | {"parameters": count})
+        shape = list((output[0] if isinstance(output, tuple) else output).shape[1:])
+        layer = {"kind": type(module).__name__, "settings": module.extra_repr(), "shape": shape}
+        layers.append(layer | {"parameters": sum(p.numel() for p in module.parameters(recurse=False))})
 
-    watched = [m for m in model.modules() if isinstance(m, Recurrent) or not list(m.children())]
-    hooks = [module.register_forward_hook(describe) for module in watched]
+    for module in model.modules():
+        if isinstance(module, Recurrent) or not list(module.children()):
+            hooks.append(module.register_forward_hook(describe))
     model.eval()(inputs)
     for hook in hooks:
         hook.remove()
@@ -1058,10 +965,10 @@ class TaskData:
 
 
 def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CPU) -> TaskData:
-    """Reviews without repetitions, split, encoded with the training split's vocabulary.
+    """Reviews without repetitions, split, encoded with the training split's vocabulary; raises InputError.
 
     Of a review longer than `max_words` the end is kept: that is where reviewers conclude, and what a recurrent
-    layer, which reads it last, remembers best. Raises InputError if a user's file cannot be used.
+    layer, which reads it last, remembers best.
     """
     rng = random_generator(seed, "reviews")
     reviews = read_reviews(read_text(config.file.path)) if config.file else generate_reviews(config, rng)
@@ -1082,28 +989,20 @@ def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CP
     preprocessing = {"vocabulary": list(vocabulary), "labels": list(reviews.names), "max_words": config.max_words}
     subsets, ceiling = {}, []
     if not config.file:
-        contradicts, log_odds = (
-            (x[keep])[parts[2]] for x in (reviews.praised != (reviews.labels == 1), reviews.log_odds)
-        )
+        tested, truth = np.array(keep)[parts[2]], labels[parts[2]]
+        contradicts = reviews.praised[tested] != (truth == 1)
         subsets = {CONTRADICTS: contradicts, AGREES: ~contradicts}
-        ceiling = [binary_reference("Bayes decision", "ceiling", log_odds, labels[parts[2]])]
+        ceiling = [binary_reference("Bayes decision", "ceiling", reviews.log_odds[tested], truth)]
     sizes = {"vocab_size": len(vocabulary), "output_dim": 1}
     baselines = partial(review_baselines, train, test, len(vocabulary))
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, subsets)
 
 
 def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU) -> TaskData:
-    """A corpus, cut in three, encoded with the training part's vocabulary.
-
-    Validation and test windows are evenly spaced if there are more than `MOST_WINDOWS`. Raises InputError if a
-    user's file cannot be used.
-    """
-    if config.file:  # line by line, which saves memory
-        text = None
-        words = [word for line in io.StringIO(read_text(config.file.path)) for word in tokenize(line, WORDS_AND_ENDS)]
-    else:
-        text = generate_corpus(config, random_generator(seed, "corpus"))
-        words = text.words
+    """A corpus, cut in three, encoded with the training part's vocabulary; raises InputError."""
+    text = None if config.file else generate_corpus(config, random_generator(seed, "corpus"))
+    lines = io.StringIO(read_text(config.file.path)) if config.file else ()  # one at a time, which saves memory
+    words = text.words if text else [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
     parts = three_parts(len(words), 8 * (config.window + 1), "words")  # cut before windowing: none straddles a cut
     vocabulary = fit_vocabulary(words[parts[0]], config.vocab_size)
     if len(vocabulary) < 3:
@@ -1124,27 +1023,23 @@ def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU)
         subsets[FAR] = distances >= 5
         entropy, best = np.array(text.entropy[targets]), np.array(text.best[targets])
         ceiling = [Reference("grammar's full state", "ceiling", entropy, best)]
-    preprocessing = {"vocabulary": list(vocabulary), "window": config.window}
+    preprocessing, sizes = {"vocabulary": list(vocabulary), "window": config.window}, {"vocab_size": len(vocabulary)}
     baselines = partial(corpus_baselines, ids[parts[0]], test, len(vocabulary))
-    sizes = {"vocab_size": len(vocabulary)}
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, subsets)
 
 
 def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU) -> TaskData:
-    """A series, cut in three, standardised with the training part's mean and deviation.
-
-    Raises InputError if a user's file cannot be used.
-    """
+    """A series, cut in three, standardised with the training part's mean and deviation; raises InputError."""
     if config.file:
         values = read_series(read_text(config.file.path), config.file.column)
     else:
         values = generate_series(config, random_generator(seed, "series"))
     parts = three_parts(len(values), 8 * (config.window + 1), "values")  # cut before windowing: none straddles a cut
-    mean, std = float(values[parts[0]].mean()), float(values[parts[0]].std())
+    with np.errstate(over="ignore", invalid="ignore"):  # said in one line below
+        mean, std = float(values[parts[0]].mean()), float(values[parts[0]].std())
     if not 0 < std < math.inf:
         raise InputError(f"constant over its first {TRAIN_SHARE:.0%}, the training part, or too large")
     train, validation, test = (SeriesDataset((values[part] - mean) / std, config.window, device) for part in parts)
-
     floor = np.full(len(test), config.noise / std)  # of a normal error e, E|e| is sqrt(2 / pi) deviations
     ceiling = [] if config.file else [Reference("noise", "ceiling", floor**2, floor * math.sqrt(2 / math.pi))]
     preprocessing = {"scaler": {"mean": mean, "std": std}, "window": config.window}
@@ -1167,9 +1062,8 @@ class Metric:
 
     def difference(self, value: float) -> str:
         """A difference as a person reads it: shares in points of a hundred, the rest to two or three digits."""
-        if self.format.endswith("%"):
-            return f"{100 * value:.1f}"
-        return format(value, ".2g" if self.format.endswith("g") else ".3f")
+        small = ".2g" if self.format.endswith("g") else ".3f"
+        return f"{100 * value:.1f}" if self.format.endswith("%") else format(value, small)
 
 
 @dataclass(frozen=True)
@@ -1214,6 +1108,9 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+PERPLEXITY = Metric("perplexity", "perplexity", "loss", ".2f", transform=perplexity)
+MSE = Metric("mse", "MSE (series units²)", "loss", "#.4g", unit_power=2)
+MAE = Metric("mae", "MAE (series units)", "score", "#.4g", unit_power=1)
 ACCURACY = Metric("accuracy", "accuracy", "score", ".1%", higher_is_better=True)
 
 CLASSIFIER = Task(
@@ -1237,11 +1134,7 @@ PREDICTOR = Task(
     build_data=build_corpus,
     loss=partial(per_example, F.cross_entropy),
     score=likeliest_hits,
-    metrics=(
-        ACCURACY,
-        Metric("loss", "cross-entropy (nats)", "loss"),
-        Metric("perplexity", "perplexity", "loss", ".2f", transform=perplexity),
-    ),
+    metrics=(ACCURACY, Metric("loss", "cross-entropy (nats)", "loss"), PERPLEXITY),
     file_option="corpus",
     hard_subset=FAR,
 )
@@ -1253,10 +1146,7 @@ FORECASTER = Task(
     build_data=build_series,
     loss=partial(per_example, F.mse_loss),
     score=partial(per_example, F.l1_loss),
-    metrics=(
-        Metric("mse", "MSE (series units²)", "loss", "#.4g", unit_power=2),
-        Metric("mae", "MAE (series units)", "score", "#.4g", unit_power=1),
-    ),
+    metrics=(MSE, MAE),
     file_option="series",
 )
 TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
@@ -1266,7 +1156,8 @@ MODEL_NAMES = tuple(CLASSIFIER.models)
 # Training
 # ======================================================================================
 
-ShowProgress = Callable[[int, Mapping | None], object]  # called with the batches so far and, at its end, an epoch's row
+Batch = tuple[Tensor, Tensor]  # inputs and targets
+Watch = Callable[[int, Mapping | None], object]  # called with the batches so far and, at its end, an epoch's row
 
 
 class TrainingDiverged(RuntimeError):
@@ -1274,29 +1165,22 @@ class TrainingDiverged(RuntimeError):
 
 
 class EarlyStopping:
-    """Tells the best epoch so far and when `patience` epochs have passed without a new one."""
+    """Tells the best epoch so far and, as `stop`, when `patience` epochs have passed without a new one."""
 
-    def __init__(self, patience: int) -> None:
-        self.patience, self.best, self.bad_epochs = patience, math.inf, 0
+    def __init__(self, patience: int):
+        self.patience, self.best, self.bad_epochs, self.stop = patience, math.inf, 0, False
 
     def update(self, loss: float) -> bool:
         """Take in an epoch's validation loss; True if it is the lowest so far."""
         improved = loss < self.best
         self.best, self.bad_epochs = (loss, 0) if improved else (self.best, self.bad_epochs + 1)
+        self.stop = self.bad_epochs >= self.patience
         return improved
-
-    @property
-    def stop(self) -> bool:
-        """Whether training should end."""
-        return self.bad_epochs >= self.patience
 
 
 def prepare_device(device: torch.device) -> None:
-    """Settings of this process under which a run gives the same numbers every time.
-
-    One thread: the layers are too small to share out, and several runs at a time use the cores better.
-    """
-    torch.set_num_threads(1)
+    """Settings of this process under which a run gives the same numbers every time."""
+    torch.set_num_threads(1)  # the layers are too small to share out; several runs at a time use the cores better
     if device.type == "cuda":  # without these two, cuBLAS and atomic additions make every run differ
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1307,23 +1191,16 @@ def new_optimizer(model: nn.Module, training: Training) -> optim.Optimizer:
     return optim.Adam(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
 
 
-def train_step(
-    model: nn.Module, task: Task, optimizer: optim.Optimizer, batch: tuple[Tensor, Tensor], training: Training
-) -> Tensor:
-    """One update; returns the batch's mean loss, mean score and gradient norm before clipping: (3,).
-
-    The batch is worked through in `accumulate_steps` micro-batches. Each adds its share of the batch's mean
-    loss to the gradient, so the update is that of the whole batch.
-    """
-    inputs, targets = batch
+def train_step(model: nn.Module, task: Task, optimizer: optim.Optimizer, batch: Batch, training: Training) -> Tensor:
+    """One update, in micro-batches; returns mean loss, mean score and gradient norm before clipping: (3,)."""
     optimizer.zero_grad(set_to_none=True)
     losses, scores = [], []
-    for x, y in zip(inputs.chunk(training.accumulate_steps), targets.chunk(training.accumulate_steps)):
-        output = model(x)
-        loss = task.loss(output, y)  # (b,), each of which counts one B-th
-        loss.backward(torch.full_like(loss, 1 / len(inputs)))
+    for inputs, targets in zip(*(part.chunk(training.accumulate_steps) for part in batch)):
+        output = model(inputs)
+        loss = task.loss(output, targets)  # (b,), each of which counts one B-th
+        loss.backward(torch.full_like(loss, 1 / len(batch[0])))
         losses.append(loss.detach())
-        scores.append(task.score(output.detach(), y))
+        scores.append(task.score(output.detach(), targets))
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], training.clip_norm)
     optimizer.step()
     return torch.stack([torch.cat(losses).mean(), torch.cat(scores).mean(), norm])
@@ -1335,15 +1212,11 @@ def train_epoch(
     optimizer: optim.Optimizer,
     loader: DataLoader,
     training: Training,
-    progress: ShowProgress = lambda batches, row: None,
+    progress: Watch = lambda *_: None,
     earlier: int = 0,
 ) -> list[float]:
-    """One pass over the training data; returns mean loss, mean score and mean gradient norm before clipping.
-
-    The running mean stays on the device until the epoch ends: one transfer an epoch, not three a step. `earlier`
-    batches were trained on in earlier epochs.
-    """
-    model.train()
+    """One pass over the data, after `earlier` batches; returns the means of loss, score and norm before clipping."""
+    model.train()  # the means stay on the device: one transfer an epoch, not three a step
     means, seen = torch.zeros(3, device=next(model.parameters()).device), 0
     for batches, batch in enumerate(loader, start=earlier + 1):
         seen += len(batch[1])
@@ -1354,12 +1227,9 @@ def train_epoch(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, dataset: SequenceDataset, batch_size: int = 512) -> dict[str, np.ndarray]:
-    """Loss and score of the model on each example of `dataset`, in its order: two arrays (N,).
-
-    Batches hold examples of similar length, so that little time goes into padding.
-    """
+    """Loss and score of the model on each example of `dataset`, in its order: two arrays (N,)."""
     model.eval()
-    parts, order = [], dataset.lengths.argsort(stable=True)
+    parts, order = [], dataset.lengths.argsort(stable=True)  # batches of similar length: little padding
     for rows in order.split(batch_size):
         inputs, target = dataset.__getitems__(rows)
         output = model(inputs)
@@ -1369,19 +1239,13 @@ def evaluate(model: nn.Module, task: Task, dataset: SequenceDataset, batch_size:
 
 
 def fit(
-    model: nn.Module,
-    task: Task,
-    data: TaskData,
-    training: Training,
-    seed: int,
-    progress: ShowProgress = lambda batches, row: None,
+    model: nn.Module, task: Task, data: TaskData, training: Training, seed: int, progress: Watch = lambda *_: None
 ) -> list[dict]:
     """Train until the validation loss stops falling; leaves the best epoch's weights in `model`.
 
-    Model and data must be on the same device.
-    Returns the history, a row per epoch: `epoch`, `learning_rate`, `gradient_norm` (mean, before clipping),
-    `seconds`, and under `train` and `validation` the loss and the task's metrics. Training metrics are running
-    means over the epoch, with dropout on. Raises TrainingDiverged when a loss is not finite.
+    Model and data must be on the same device. Returns the history, a row per epoch: `epoch`, `learning_rate`,
+    `gradient_norm` (mean, before clipping), `seconds`, and under `train` and `validation` the loss and the task's
+    metrics; those of training are running means, with dropout on. Raises TrainingDiverged when a loss is not finite.
     """
     torch.manual_seed(torch_seed(seed, "dropout"))
     optimizer = new_optimizer(model, training)
@@ -1392,21 +1256,14 @@ def fit(
     for epoch in range(1, training.epochs + 1):
         start, rate, earlier = time.perf_counter(), optimizer.param_groups[0]["lr"], (epoch - 1) * len(batches)
         loss, score, norm = train_epoch(model, task, optimizer, loader, training, progress, earlier)
-        validation = evaluate(model, task, data.validation)
-        row = {
-            "epoch": epoch,
-            "learning_rate": rate,
-            "gradient_norm": norm,
-            "seconds": time.perf_counter() - start,
-            "train": task.measure(loss, score, data.unit),
-            "validation": task.measure(validation["loss"], validation["score"], data.unit),
-        }
+        tested = evaluate(model, task, data.validation)
+        row = {"epoch": epoch, "learning_rate": rate, "gradient_norm": norm, "seconds": time.perf_counter() - start}
+        row |= {"train": task.measure(loss, score, data.unit), "validation": task.measure(**tested, unit=data.unit)}
         val_loss = row["validation"]["loss"]
         if not math.isfinite(loss + val_loss):
-            raise TrainingDiverged(
-                f"{type(model).__name__} ({task.name}), seed {seed}: the loss is not finite in epoch {epoch}; try a "
-                f"learning rate below {rate:g} or a clip norm below {training.clip_norm:g}"
-            )
+            who = f"{type(model).__name__} ({task.name}), seed {seed}"
+            advice = f"try a learning rate below {rate:g} or a clip norm below {training.clip_norm:g}"
+            raise TrainingDiverged(f"{who}: the loss is not finite in epoch {epoch}; {advice}")
         history.append(row)
         progress(epoch * len(batches), row)
         if stopper.update(val_loss):
@@ -1438,19 +1295,17 @@ def activation_bytes(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor])
 
 def kernel_name(model: nn.Module, inputs: Tensor) -> str:
     """Which implementation of the recurrent layer runs: cuDNN, oneDNN, or PyTorch's generic one."""
-    nodes, frontier = set(), [model(inputs[:2]).grad_fn]
-    while frontier:  # the backward graph, whose nodes are named after the operators that ran
-        node = frontier.pop()
-        nodes.add(node)
-        frontier += [parent for parent, _ in node.next_functions if parent and parent not in nodes]
+    nodes = dict.fromkeys([model(inputs[:2]).grad_fn])
+    queue = deque(nodes)
+    while queue:  # the backward graph, whose nodes are named after the operators that ran
+        new = [parent for parent, _ in queue.popleft().next_functions if parent and parent not in nodes]
+        nodes |= dict.fromkeys(new)
+        queue += new
     names = " ".join(node.name() for node in nodes)
-    known = {"CudnnRnn": "cuDNN", "MkldnnRnn": "oneDNN"}
-    return next((kernel for operator, kernel in known.items() if operator in names), "generic")
+    return "cuDNN" if "CudnnRnn" in names else "oneDNN" if "MkldnnRnn" in names else "generic"
 
 
-def bare_epoch(
-    model: nn.Module, task: Task, optimizer: optim.Optimizer, batches: Sequence[tuple[Tensor, Tensor]]
-) -> None:
+def bare_epoch(model: nn.Module, task: Task, optimizer: optim.Optimizer, batches: Sequence[Batch]) -> None:
     """The least that training is: forward, backward and step on batches that are ready."""
     for inputs, targets in batches:
         optimizer.zero_grad(set_to_none=True)
@@ -1466,16 +1321,15 @@ def measure_costs(
     """What a training step of each model costs, in the script's own loop and in the barest one possible.
 
     The models and the two loops take turns on the same `steps` batches, from short to long examples, `rounds` times,
-    after a step to warm up, and the loop that begins changes every round; the medians count. The overhead is what
-    the script's loop takes beyond the bare one next to it, as a share. The activations are those of the longest
-    examples.
+    after a step to warm up, and the loop that begins changes every round; the medians count. The overhead is a share
+    of the bare loop next to it.
     """
     lengths, size = data.train.lengths, min(training.batch_size, len(data.train))
     full = [rows for rows in LengthBuckets(lengths, size, random_generator(0, "costs")) if len(rows) == size]
     full.sort(key=lambda rows: lengths[rows].max())
     batches = [full[int((i + 0.5) / steps * len(full))] for i in range(steps)]
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)
-    ready = [data.train.__getitems__(rows) for rows in batches]
+    ready, longest = [data.train.__getitems__(rows) for rows in batches], lengths.topk(size).indices
     loops, times, costs = {}, defaultdict(list), {}
     for name, model in models.items():
         optimizer = new_optimizer(model, training)
@@ -1483,61 +1337,49 @@ def measure_costs(
         loops[name, "bare"] = partial(bare_epoch, model, task, optimizer, ready)
         loops[name, "full"] = partial(train_epoch, model, task, optimizer, loader, training)
     for turn in range(rounds):
-        for name in models:
-            for kind in ("bare", "full")[:: (-1) ** turn]:
-                start = time.perf_counter()
-                loops[name, kind]()
-                times[name, kind].append((time.perf_counter() - start) / steps)
+        for key in [(name, kind) for name in models for kind in ("bare", "full")[:: (-1) ** turn]]:
+            start = time.perf_counter()
+            loops[key]()
+            times[key].append((time.perf_counter() - start) / steps)
     for name, model in models.items():
-        bare, full = (float(np.median(times[name, kind])) for kind in ("bare", "full"))
-        costs[name] = {
-            "ms_per_step": round(1000 * full, 2),
-            "samples_per_second": round(size / full),
-            "bare_ms_per_step": round(1000 * bare, 2),
-            "bare_samples_per_second": round(size / bare),
-            "overhead": round(float(np.median(np.divide(times[name, "full"], times[name, "bare"]))) - 1, 4),
-            "activation_bytes": activation_bytes(model, task, data.train.__getitems__(lengths.topk(size).indices)),
-            "kernel": kernel_name(model, ready[0][0]),
-            "batches_per_epoch": math.ceil(len(data.train) / training.batch_size),
-        }
+        bare, full = (np.array(times[name, kind]) for kind in ("bare", "full"))
+        cost = {"overhead": round(float(np.median(full / bare)) - 1, 4), "kernel": kernel_name(model, ready[0][0])}
+        for prefix, seconds in (("", float(np.median(full))), ("bare_", float(np.median(bare)))):
+            cost |= {f"{prefix}ms_per_step": round(1000 * seconds, 2)}
+            cost |= {f"{prefix}samples_per_second": round(size / seconds)}
+        cost["activation_bytes"] = activation_bytes(model, task, data.train.__getitems__(longest))
+        costs[name] = cost | {"batches_per_epoch": math.ceil(len(data.train) / training.batch_size)}
     return costs
 
 
 def gradient_by_step(model: nn.Module, task: Task, data: TaskData, n: int = 64) -> list[float]:
-    """Size of the loss's gradient with respect to the embedded input, by steps back from the last word.
-
-    Mean over the `n` longest test reviews of the Euclidean norm; as many steps as the shortest of them has.
-    """
+    """Norm of the loss's gradient at the embedded input, by steps back from the end: of the `n` longest reviews."""
     rows = data.test.lengths.topk(min(n, len(data.test))).indices
-    inputs, targets = data.test.__getitems__(rows)
-    embedded = []
+    (inputs, targets), lengths, embedded = data.test.__getitems__(rows), data.test.lengths[rows], []
     hook = model.embedding.register_forward_hook(lambda _module, _inputs, output: embedded.append(output))
     model.train()  # cuDNN goes backward in training mode only
     model.dropout.eval()
     loss = task.loss(model(inputs), targets).sum()
     hook.remove()
     sizes = torch.autograd.grad(loss, embedded[0])[0].norm(dim=2).cpu()  # (n, T, E) -> (n, T)
-    lengths = data.test.lengths[rows]
     back = lengths[:, None] - 1 - torch.arange(int(lengths.min()))  # (n, steps): position of each step back
     return sizes.gather(1, back).mean(dim=0).tolist()
 
 
 def forecasts(model: Forecaster, data: TaskData, shown: int = 120, horizon: int = 120, stride: int = 10) -> dict:
-    """Forecasts against the truth, in series units: the first `shown` test windows, and free-running ones.
+    """Forecasts against the truth, in series units: of the first `shown` test windows, and free-running.
 
-    A free-running forecast feeds each prediction back, `horizon` steps from every `stride`-th test window: the first
-    of them with its truth, and the mean squared error by horizon.
+    The latter `horizon` steps from every `stride`-th window: the first of them, and the mean squared error by horizon.
     """
     horizon = min(horizon, max(len(data.test) // 2, 1))
     windows = data.test.inputs[: len(data.test) - horizon + 1 : stride]  # (O, T, 1)
     truth = data.test.targets[:, 0].unfold(0, horizon, stride)  # (O, horizon)
     free = model.roll_forward(windows, horizon)  # (O, horizon)
-    next_values = model.roll_forward(data.test.inputs[:shown], 1)[:, 0]  # (shown,)
-    shown_values = {"truth": data.test.targets[:shown, 0], "forecast": next_values}
-    shown_values |= {"free_truth": truth[0], "free_forecast": free[0]}
-    in_units = {name: (values * data.unit + data.offset).tolist() for name, values in shown_values.items()}
+    found = {"truth": data.test.targets[:shown, 0], "forecast": model.roll_forward(data.test.inputs[:shown], 1)[:, 0]}
+    found |= {"free_truth": truth[0], "free_forecast": free[0]}
+    found = {name: (values * data.unit + data.offset).tolist() for name, values in found.items()}
     errors = ((free - truth) ** 2).mean(dim=0) * data.unit**2
-    return in_units | {"free_mse": errors.tolist(), "variance": data.unit**2}
+    return found | {"free_mse": errors.tolist(), "variance": data.unit**2}
 
 
 EVIDENCE = {  # task: (task, trained model, untrained model, data) -> what its record holds beside the scores
@@ -1556,11 +1398,8 @@ EVIDENCE = {  # task: (task, trained model, untrained model, data) -> what its r
 
 BASELINES = "baselines"  # stands for a model where there is nothing to train
 MATCHED = "-matched"  # marks a model whose recurrent parameters match the LSTM's
-KEEP_MEMORY = {  # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was page faults
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-}
-PRELOADED = ["torch._dynamo", "torch.utils.data", "pandas", "matplotlib.figure", "tqdm.auto"]
+# for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was page faults
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 
 class Job(NamedTuple):
@@ -1600,31 +1439,23 @@ def base_name(model: str) -> str:
 
 
 def build_model(task: Task, name: str, config: TaskConfig, data: TaskData, seed: int) -> tuple[SequenceModel, dict]:
-    """A fresh model, its weights drawn from the seed, and the constructor arguments that made it.
-
-    "RNN-matched" and "GRU-matched" have the hidden size that brings their recurrent parameters closest to the
-    LSTM's.
-    """
-    model_class, hidden_dim, inputs = task.models[base_name(name)], config.hidden_dim, getattr(config, "embed_dim", 1)
-
-    def size(layer: type[nn.RNNBase], hidden_dim: int) -> int:
-        return sum(p.numel() for p in layer(inputs, hidden_dim, config.n_layers, device="meta").parameters())
-
+    """A fresh model, its weights drawn from the seed, and the constructor arguments that made it."""
+    model_class, sizes = task.models[base_name(name)], ("embed_dim", "hidden_dim", "n_layers", "dropout")
+    arguments = {**data.sizes} | {key: value for key, value in vars(config).items() if key in sizes}
     if name != base_name(name):  # an RNN needs about twice the LSTM's hidden units
-        target = size(nn.LSTM, hidden_dim)
-        hidden_dim = min(range(1, 3 * hidden_dim), key=lambda h: abs(size(model_class.layer, h) - target))
-    arguments = {**data.sizes, "hidden_dim": hidden_dim, "n_layers": config.n_layers, "dropout": config.dropout}
-    arguments |= {"embed_dim": config.embed_dim} if hasattr(config, "embed_dim") else {}
+
+        def size(layer: type[nn.RNNBase], hidden_dim: int) -> int:
+            inputs = arguments.get("embed_dim", 1)
+            return sum(p.numel() for p in layer(inputs, hidden_dim, config.n_layers, device="meta").parameters())
+
+        target, candidates = size(nn.LSTM, config.hidden_dim), range(1, 3 * config.hidden_dim)
+        arguments["hidden_dim"] = min(candidates, key=lambda h: abs(size(model_class.layer, h) - target))
     torch.manual_seed(torch_seed(seed, "weights"))
     return model_class(**arguments), arguments
 
 
 def load_checkpoint(path: str | Path) -> SequenceModel:
-    """The model saved at `path`, on the CPU and ready to `predict`; raises InputError.
-
-    No code in the file is run: torch reads tensors and plain values only, and what it read must be of the form
-    that `carry_out` gives it before a model is made of it.
-    """
+    """The model saved at `path`, on the CPU and ready to `predict`; raises InputError. No code in the file is run."""
     if not os.path.isfile(path):  # noqa: PTH113 (Path's raises if a name is too long)
         raise InputError(f"{path}: no such file; trained models are in the folder 'models' of an output directory")
     try:
@@ -1644,6 +1475,10 @@ def load_checkpoint(path: str | Path) -> SequenceModel:
         require(stored and all(w.isfinite().all() for w in weights.values()), "weights that are not there, or finite")
         model.load_state_dict(weights, assign=True)
         model.preprocessing, model.metrics = checkpoint["preprocessing"], checkpoint["metrics"]
+        lengths = [model.preprocessing[name] for name in ("window", "max_words") if name in model.preprocessing]
+        require(all(type(n) is int and n >= 1 for n in lengths), "a window or max_words that is not 1 or more")
+        labels = model.preprocessing.get("labels", ["", "1"])
+        require(isinstance(labels, list) and len({*map(str, labels)}) == 2, "not two labels")
         model.eval().predict(model.sample)  # shows whether the preprocessing belongs to the model
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not a model that this script can use ({first_line(error)[:120]})") from error
@@ -1684,19 +1519,14 @@ def read_records(output_dir: Path, config: Config) -> list[dict]:
 
 def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Job]:
     """Those of the runs that lack their record, or the model that belongs to it; what does not count is named."""
-    records = {Job(r["task"], r["model"], r["seed"]): r for r in read_records(output_dir, config)}
-    rest = []
+    records, rest = {Job(r["task"], r["model"], r["seed"]): r for r in read_records(output_dir, config)}, []
     for job in jobs:
-        try:
-            finished = job in records
-            if finished and job.model != BASELINES:
+        finished = job in records and job.model == BASELINES
+        with suppress(InputError):
+            if job in records and not finished:
                 model = load_checkpoint(job.file(output_dir, "models"))
-                finished = (type(model).layer, model.metrics) == (
-                    TASKS[job.task].models[base_name(job.model)].layer,
-                    records[job]["test"],
-                )
-        except InputError:
-            finished = False
+                of_class = type(model) is TASKS[job.task].models[base_name(job.model)]
+                finished = of_class and model.metrics == records[job]["test"]
         if not finished:
             rest.append(job)
             if (path := job.file(output_dir)).exists():
@@ -1716,52 +1546,40 @@ def cached_data(task_name: str, config: TaskConfig, seed: int, device: torch.dev
 
 
 def carry_out(
-    job: Job, progress: ShowProgress, config: Config, device: torch.device, output_dir: Path, costs: Mapping
+    job: Job, progress: Watch, config: Config, device: torch.device, output_dir: Path, costs: Mapping
 ) -> None:
     """Train and test one model, or measure the baselines; leaves the record, and of a model the checkpoint.
 
-    The test split is opened when the best validation weights are back: nothing is chosen by it. The record holds
-    all that tables and figures are made from; `costs` (by task and model) goes into it. Raises TrainingDiverged.
+    The record holds all that tables and figures are made from; `costs` goes into it. Raises TrainingDiverged.
     """
     task, config = TASKS[job.task], config[job.task]
     data = cached_data(job.task, config, job.seed, device)
 
     def scores(loss: np.ndarray, score: np.ndarray) -> dict[str, dict]:
-        """The metrics over all test examples and over each subset."""
         subsets = {name: mask for name, mask in data.subsets.items() if mask.any()}
         by_subset = {name: task.measure(loss[mask], score[mask], data.unit) for name, mask in subsets.items()}
         return {"test": task.measure(loss, score, data.unit), "subsets": by_subset}
 
-    record = job._asdict() | {
-        "configuration": settings(config),
-        "environment": {  # what the numbers may depend on beside the configuration and the seed
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "system": f"{platform.system()} {platform.machine()}",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "threads": torch.get_num_threads(),
-        },
-    }
+    # what the numbers may depend on beside the configuration and the seed
+    environment = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    environment["system"] = f"{platform.system()} {platform.machine()}"
+    environment["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    environment["threads"] = torch.get_num_threads()
+    record = job._asdict() | {"configuration": settings(config), "environment": environment}
     job.file(output_dir).unlink(missing_ok=True)  # one of another configuration must not stand beside this model
     if job.model == BASELINES:
-        references = [
-            {"name": r.name, "kind": r.kind} | scores(r.loss, r.score) for r in (*data.baselines(), *data.ceiling)
-        ]
-        record |= {"facts": {name: float(value) for name, value in data.facts.items()}, "references": references}
+        record["facts"] = {name: float(value) for name, value in data.facts.items()}
+        references = [*data.baselines(), *data.ceiling]
+        record["references"] = [{"name": r.name, "kind": r.kind} | scores(r.loss, r.score) for r in references]
     else:
         model, arguments = build_model(task, job.model, config, data, job.seed)
         history = fit(model.to(device), task, data, config.training, job.seed, progress)
         untrained = build_model(task, job.model, config, data, job.seed)[0].to(device)
-        record |= {
-            "parameters": count_parameters(model),
-            "layers": describe_layers(model, data.train.inputs[:2]),
-            "input_shape": list(data.train.inputs.shape[1:]),
-            "history": history,
-            **scores(**evaluate(model, task, data.test)),
-            "cost": costs[job.task][job.model],
-            "evidence": EVIDENCE[job.task](task, model, untrained, data),
-        }
+        record |= {"parameters": count_parameters(model), "layers": describe_layers(model, data.train.inputs[:2])}
+        record |= {"input_shape": list(data.train.inputs.shape[1:]), "history": history}
+        # the test split is opened when the best validation weights are back: nothing is chosen by it
+        record |= scores(**evaluate(model, task, data.test)) | {"cost": costs[job.task][job.model]}
+        record["evidence"] = EVIDENCE[job.task](task, model, untrained, data)
         checkpoint = {"task": job.task, "model": job.model, "arguments": arguments, "metrics": record["test"]}
         checkpoint["weights"] = {name: weight.cpu() for name, weight in model.state_dict().items()}
         checkpoint["preprocessing"] = dict(data.preprocessing)
@@ -1776,19 +1594,16 @@ def carry_out(
 class Progress:
     """What the user sees: a bar for everything, with the time left, above one for each run that is being trained.
 
-    `expected` holds the seconds and the number of batches of each run if it goes through all its epochs. Where
-    there is neither a terminal nor a notebook, there is a line per epoch instead. Runs that failed are named at the
-    end, also when that comes early.
+    Without a terminal or notebook, a line per epoch. `expected`: seconds and batches of each run, all its epochs used.
     """
 
-    def __init__(self, expected: Mapping[Job, tuple[float, int]]) -> None:
+    def __init__(self, expected: Mapping[Job, tuple[float, int]]):
         self.expected, self.bars, self.failures = expected, {}, {}
-        self.done = dict.fromkeys(expected, 0.0)  # seconds' worth of each run
         notebook = any(parent.__module__ == "tqdm.notebook" for parent in tqdm.__mro__)
         self.bar = partial(tqdm, disable=not (notebook or sys.stderr.isatty()), leave=False, dynamic_ncols=True)
         everything = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
         total = sum(seconds for seconds, _ in expected.values())
-        self.overall = self.bar(total=total, desc="all runs", bar_format=everything, position=0)
+        self.overall = self.bar(total=total, desc="all runs", bar_format=everything)
 
     def close(self) -> None:
         """Take the bars away and name the runs that failed."""
@@ -1799,14 +1614,12 @@ class Progress:
 
     def start(self, job: Job) -> None:
         """Show the bar of a run, in the first free line."""
-        place = next(i for i in range(1, len(self.bars) + 2) if i not in [-bar.pos for bar in self.bars.values()])
         one_run = "{desc} {percentage:3.0f}%{postfix} |{bar}|"
-        self.bars[job] = self.bar(total=self.expected[job][1], desc=str(job), bar_format=one_run, position=place)
+        self.bars[job] = self.bar(total=self.expected[job][1], desc=str(job), bar_format=one_run)
 
     def update(self, job: Job, batches: int, row: Mapping | None) -> None:
         """Show that a run has come to `batches` batches, and the row of an epoch that it has ended."""
-        seconds, total = self.expected[job]
-        bar, self.done[job] = self.bars[job], seconds * batches / total
+        bar, (seconds, total) = self.bars[job], self.expected[job]
         if row and bar.disable:
             names = dict.fromkeys(["loss", TASKS[job.task].metrics[0].name])
             values = ", ".join(f"{name} {row['train'][name]:.4g}/{row['validation'][name]:.4g}" for name in names)
@@ -1814,30 +1627,29 @@ class Progress:
             print(f"{job}  epoch {row['epoch']:2d}  train/val {values}  {times}", file=sys.stderr, flush=True)
         elif row:
             bar.set_postfix_str(f"epoch {row['epoch']}, validation loss {row['validation']['loss']:.4f}", refresh=False)
+        self.overall.update(seconds * (batches - bar.n) / total)
         bar.update(batches - bar.n)  # draws a few times a second at most
-        self.overall.update(sum(self.done.values()) - self.overall.n)
 
-    def finish(self, job: Job, error: Exception | str | None) -> None:
-        """Count a run as done, however early it stopped.
-
-        A loss that diverged or a lack of memory is a failure of this run; any other error is raised.
-        """
-        if isinstance(error, Exception) and not isinstance(error, (RuntimeError, MemoryError)):
-            raise error
-        if error:
-            self.failures[job] = first_line(error) if isinstance(error, Exception) else error
-        self.bars.pop(job).close()
-        self.done[job] = self.expected[job][0]
-        self.overall.update(sum(self.done.values()) - self.overall.n)
+    def finish(self, job: Job, failure: str | Exception) -> None:
+        """Count a run as done, however early it stopped; an error that is no failure of this run alone is raised."""
+        if isinstance(failure, Exception):
+            raise failure
+        if failure:
+            self.failures[job] = failure
+        bar, (seconds, total) = self.bars.pop(job), self.expected[job]
+        self.overall.update(seconds * (total - bar.n) / total)
+        bar.close()
 
 
-def attempt(job: Job, progress: ShowProgress, work: Callable) -> Exception | None:
-    """Carry out a run; returns what went wrong."""
+def attempt(job: Job, progress: Watch, work: Callable) -> str | Exception:
+    """Carry out a run; returns, if it failed by divergence or a lack of memory, how, and any other error as it is."""
     try:
         work(job, progress)
+    except (RuntimeError, MemoryError) as error:
+        return first_line(error)
     except Exception as error:
         return error
-    return None
+    return ""
 
 
 def run_here(jobs: Sequence[Job], work: Callable, progress: Progress) -> None:
@@ -1850,7 +1662,7 @@ def run_here(jobs: Sequence[Job], work: Callable, progress: Progress) -> None:
             torch.cuda.empty_cache()
 
 
-def run_in_child(connection: Connection, job: Job, work: Callable, device: torch.device) -> None:
+def run_in_child(parent: multiprocessing.connection.Connection, job: Job, work: Callable, device: torch.device) -> None:
     """Carry out one run in a process of its own; it ends when its parent is gone, for then nobody listens."""
     prepare_device(device)
     last = 0.0
@@ -1859,52 +1671,44 @@ def run_in_child(connection: Connection, job: Job, work: Callable, device: torch
         nonlocal last
         if row or time.monotonic() - last > 0.2:
             last = time.monotonic()
-            connection.send((batches, row))
+            parent.send((batches, row))
 
     with suppress(ConnectionError):
-        connection.send((None, attempt(job, send, work)))
+        parent.send((None, attempt(job, send, work)))
 
 
 def run_in_children(
     jobs: Sequence[Job], work: Callable, progress: Progress, workers: int, device: torch.device
 ) -> None:
-    """Carry out `workers` runs at a time, each in a process of its own.
-
-    The processes are forked from a server that has loaded the packages. One that dies fails its own run only. All
-    have ended when this returns or raises.
-    """
+    """Carry out `workers` runs at a time, each in a process of its own; all have ended when this returns or raises."""
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
     forks = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
     context, waiting, running = multiprocessing.get_context("forkserver" if forks else "spawn"), deque(jobs), {}
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["torch._dynamo", "torch.utils.data", "pandas", "matplotlib.figure", "tqdm.auto"])
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.popleft()
-                connection, theirs = context.Pipe(duplex=False)
+                ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=run_in_child, args=(theirs, job, work, device), daemon=True)
                 with signals_held():
                     process.start()
-                    running[connection] = process, job
+                    running[ours] = process, job
                 theirs.close()
                 progress.start(job)
-            for connection in wait_for_any(list(running)):
-                process, job = running[connection]
+            for ours in multiprocessing.connection.wait(list(running)):
+                process, job = running[ours]
                 try:
-                    batches, news = connection.recv()
+                    batches, news = ours.recv()
                 except (EOFError, OSError):  # it has ended, after its last message or before
                     process.join()
-                    del running[connection]
-                    if job:
-                        status = f"its process ended with status {process.exitcode}; killed, or out of memory?"
-                        progress.finish(job, status)
-                    continue
-                if batches is None:
-                    running[connection] = process, None
-                    progress.finish(job, news)
-                else:
+                    del running[ours]
+                    batches, news = None, f"its process ended with status {process.exitcode}; killed, or out of memory?"
+                if batches is not None:
                     progress.update(job, batches, news)
+                elif job in progress.bars:
+                    progress.finish(job, news)
     finally:
         for process, _ in running.values():
             process.kill()
@@ -1915,15 +1719,21 @@ def run_in_children(
 @contextmanager
 def signals_held() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait for the end of the block; processes that are started in it never hear of them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # else the first process starts it, and that takes the mask away
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    came, numbers, posix = [], (signal.SIGINT, signal.SIGTERM), hasattr(signal, "pthread_sigmask")
+    if posix:  # children inherit the mask; other threads of this process do not, hence the handlers
+        resource_tracker.ensure_running()  # else the first process starts it, and that takes the mask away
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    main = threading.current_thread() is threading.main_thread()  # only there can a signal be listened to
+    handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers if main}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if posix:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 # ======================================================================================
@@ -1942,10 +1752,7 @@ def best_epoch(record: Mapping) -> Mapping:
 
 
 def results_table(records: Sequence[Mapping]) -> pd.DataFrame:
-    """What every model, baseline and ceiling scores, in long form: every table and verdict is a view of this.
-
-    Columns: task, name, kind (model, baseline or ceiling), seed, subset (of the test examples), metric, value.
-    """
+    """What every model, baseline and ceiling scores, in long form: every table and verdict is a view of this."""
     rows = []
     for record in records:
         for found in record.get("references") or [record | {"name": record["model"], "kind": "model"}]:
@@ -1959,11 +1766,10 @@ def runs_table(records: Sequence[Mapping]) -> pd.DataFrame:
     """A row per trained model. Losses are those that training minimised: of standardised values in the forecaster."""
     rows = []
     for record in records:
-        best = best_epoch(record)
-        row = {name: record[name] for name in ("task", "model", "seed")}
-        row |= {"parameters": sum(record["parameters"].values())}
-        row |= {"recurrent_parameters": record["parameters"]["recurrent"], "epochs": len(record["history"])}
-        row |= {"best_epoch": best["epoch"], "seconds": round(sum(epoch["seconds"] for epoch in record["history"]), 1)}
+        best, history, parameters = best_epoch(record), record["history"], record["parameters"]
+        row = {name: record[name] for name in ("task", "model", "seed")} | {"parameters": sum(parameters.values())}
+        row |= {"recurrent_parameters": parameters["recurrent"], "epochs": len(history), "best_epoch": best["epoch"]}
+        row |= {"seconds": round(sum(epoch["seconds"] for epoch in history), 1)}
         row |= {"val_loss": best["validation"]["loss"], "test_loss": record["test"]["loss"]}
         rows.append(row | {f"test_{name}": record["test"].get(name) for name in ("accuracy", "mse", "mae")})
     return pd.DataFrame(rows)
@@ -1971,12 +1777,12 @@ def runs_table(records: Sequence[Mapping]) -> pd.DataFrame:
 
 def models_table(records: Sequence[Mapping]) -> pd.DataFrame:
     """What does not depend on the seed, a row per task and model: parameters by part, cost of a training step."""
-    rows = {}
+    rows = []
     for r in records:
         row = {"task": r["task"], "model": r["model"]} | {part: r["parameters"].get(part, 0) for part in PARTS}
         row |= {"parameters": sum(r["parameters"].values()), "recurrent_parameters": r["parameters"]["recurrent"]}
-        rows.setdefault((r["task"], r["model"]), row | {name: r["cost"][name] for name in COST_COLUMNS})
-    return pd.DataFrame(list(rows.values()))
+        rows.append(row | {name: r["cost"][name] for name in COST_COLUMNS})
+    return pd.DataFrame(rows).drop_duplicates(["task", "model"], ignore_index=True)
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -1995,11 +1801,10 @@ def student_t(degrees: int, level: float = 0.95) -> float:
 
 
 def compare(results: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences with their 95 % interval and a verdict in words.
+    """Paired differences of each two models, and, in the first metric, of each with the best baseline; with verdicts.
 
-    Of each two models of a task, and, in the metric that the models are judged by, of each with the best baseline.
-    The interval is Student's, of the differences on the seeds that both have: data, weights and order of the batches
-    are drawn anew with each seed, so it says how far another choice of seeds would move the difference.
+    The 95 % interval is Student's, of the differences on the seeds that both have: data, weights and order of the
+    batches are drawn anew with each seed, so it says how far another choice of seeds would move the difference.
     """
     rows = []
     for (task_name, metric_name), cells in results[results["subset"] == ALL].groupby(["task", "metric"], sort=False):
@@ -2025,8 +1830,7 @@ def judge(a: str, b: str, differences: pd.Series, metric: Metric) -> tuple[float
     low, high, unit = mean - half, mean + half, " points" if metric is ACCURACY else ""
     better, worse = (a, b) if (mean > 0) == metric.higher_is_better else (b, a)
     if mean == 0 or low <= 0 <= high:
-        verdict = f"{a} and {b}: no clear difference, {metric.difference(mean)}{unit}"
-        ends = low, high
+        verdict, ends = f"{a} and {b}: no clear difference, {metric.difference(mean)}{unit}", [low, high]
     else:
         verdict = f"{better} better than {worse} by {metric.difference(abs(mean))}{unit}"
         ends = sorted([abs(low), abs(high)])
@@ -2042,23 +1846,19 @@ def plus_minus(mean: float, std: float, form: str) -> str:
 
 
 def performance_table(results: pd.DataFrame, runs: pd.DataFrame, task: Task) -> pd.DataFrame:
-    """One task's results as a person reads them: models, baselines and ceiling, mean ± deviation over seeds.
-
-    Gap closed is how much of the way from the best baseline to the ceiling a model has come.
-    """
-    summary = summarise(results[(results["task"] == task.name) & (results["subset"] == ALL)])
+    """One task's results as a person reads them: models, baselines and ceiling, mean ± deviation over seeds."""
+    summary = summarise(results.query("task == @task.name and subset == @ALL")).set_index("name")
     first, sign = summary[summary["metric"] == task.metrics[0].name], 1 if task.metrics[0].higher_is_better else -1
-    table = first.set_index("name")[["kind"]]
+    table = first[["kind"]]
     for metric in task.metrics:
-        cells = summary[summary["metric"] == metric.name]
-        table[metric.name] = [plus_minus(c.mean, c.std, metric.format) for c in cells[["mean", "std"]].itertuples()]
-    means = {kind: sign * cells.set_index("name")["mean"] for kind, cells in first.groupby("kind")}
+        cells = summary.loc[summary["metric"] == metric.name, ["mean", "std"]]
+        table = table.assign(**{metric.name: [plus_minus(*cell, metric.format) for cell in cells.to_numpy()]})
+    means = {kind: sign * cells["mean"] for kind, cells in first.groupby("kind")}
     if means.keys() >= {"baseline", "ceiling"}:
         best, ceiling = means["baseline"].max(), means["ceiling"].iloc[0]
         if ceiling > best:  # on a small test split a baseline may reach the ceiling
-            table["gap closed"] = (
-                ((means["model"] - best) / (ceiling - best)).map("{:.0%}".format).str.replace("%", " %")
-            )
+            closed = (means["model"] - best) / (ceiling - best)
+            table["gap closed"] = closed.map(lambda share: f"{100 * share:.0f} %")
     by_model = runs[runs["task"] == task.name].groupby("model")
     table["best epoch"], table["seconds"] = (by_model[c].mean().map("{:.1f}".format) for c in ("best_epoch", "seconds"))
     return table.fillna("").reset_index(names="")
@@ -2066,17 +1866,14 @@ def performance_table(results: pd.DataFrame, runs: pd.DataFrame, task: Task) -> 
 
 def findings(results: pd.DataFrame, comparisons: pd.DataFrame, task: Task) -> list[str]:
     """What one task's results say, in sentences: verdicts on pairs, the examples that need memory."""
-    metric = task.metrics[0]
-    verdicts = comparisons[(comparisons["task"] == task.name) & (comparisons["metric"] == metric.name)]
+    judged = f"task == '{task.name}' and metric == '{task.metrics[0].name}'"
+    verdicts = comparisons.query(judged)
     sentences = [f"{verdict}." for verdict in verdicts["verdict"]]
-    if verdicts["low"].isna().any():
-        sentences.append("One seed supports no ranking.")
-    models = results[(results["task"] == task.name) & (results["metric"] == metric.name) & (results["kind"] == "model")]
-    hard = models[models["subset"] == task.hard_subset].groupby("name", sort=False)["value"].mean()
-    if len(hard):
-        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in hard.items())
-        sentences.append(f"Accuracy, {task.hard_subset}: {shares}.")
-    return sentences
+    sentences += ["One seed supports no ranking."] * bool(verdicts["low"].isna().any())
+    hard = results.query(f"{judged} and kind == 'model' and subset == @task.hard_subset")
+    means = hard.groupby("name", sort=False)["value"].mean()
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in means.items())
+    return sentences + [f"Accuracy, {task.hard_subset}: {shares}."] * bool(shares)
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -2106,13 +1903,12 @@ def summary_text(records: Sequence[Mapping], results: pd.DataFrame, comparisons:
         shown = seeds.iloc[0] if seeds.nunique() == 1 else "; ".join(f"{each} ({name})" for name, each in seeds.items())
         about = next((r for r in records if r["task"] == task.name and "facts" in r), None)
         file = about["configuration"]["file"] if about else None
-        parts += [f"## {task.title}" + (f": {file['path']}" if file else "")]
-        parts += [] if file else [task.question]
+        parts += [f"## {task.title}: {file['path']}"] if file else [f"## {task.title}", task.question]
         parts += [markdown(performance_table(results, runs, task))]
         parts += [f"Test split, mean ± standard deviation over the seeds {shown}."]
         parts += ["\n".join(f"- {sentence}" for sentence in findings(results, comparisons, task))]
         if about:
-            facts = [f"{name} {format(x, ',' if x == int(x) else '.3g')}" for name, x in about["facts"].items()]
+            facts = [f"{name} {format(x, ',.0f' if x == int(x) else '.3g')}" for name, x in about["facts"].items()]
             digest = f", SHA-256 {file['digest'][:12]}..." if file else ""
             parts += [f"The data of seed {about['seed']}{digest}: {', '.join(facts)}."]
     parts += [
@@ -2139,17 +1935,8 @@ def tasks_in(results: pd.DataFrame) -> list[Task]:
 
 COLOURS = {"RNN": "#D55E00", "LSTM": "#0072B2", "GRU": "#009E73"}  # Okabe & Ito 2008: safe for colour-blind readers
 GREY = "#777777"
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlelocation": "left",
-    "grid.color": "#E4E4E4",
-    "legend.frameon": False,
-    "figure.dpi": 120,
-}
+STYLE = {"font.size": 9, "figure.dpi": 120, "legend.frameon": False, "grid.color": "#E4E4E4", "axes.grid": True}
+STYLE |= {"axes.axisbelow": True, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
 MARKERS = {"baseline": ("D", GREY), "ceiling": ("|", "black")}  # a model's is a circle of its colour
 Records = Sequence[Mapping]
 
@@ -2176,23 +1963,20 @@ def training_history_figure(records: Records, task: Task) -> Figure:
     figure = Figure(figsize=(max(3.2 * len(models) + 0.8, 7.2), 5.4), layout="constrained")
     grid = figure.subplots(len(metrics), len(models), sharex=True, sharey="row", squeeze=False)
     for column, (name, runs) in zip(grid.T, models.items()):
-        column[0].set_title(name, color=colour(name), fontweight="bold")
+        shade = colour(name)
+        column[0].set_title(name, color=shade, fontweight="bold")
         column[-1].set_xlabel("epoch")
-        for record in runs:
+        for record, (axes, metric) in product(runs, zip(column, metrics)):
             epochs, kept = [row["epoch"] for row in record["history"]], best_epoch(record)
-            for axes, metric in zip(column, metrics):
-                for split, dashes in (("train", ":"), ("validation", "-")):
-                    values = [row[split][metric.name] for row in record["history"]]
-                    axes.plot(epochs, values, f".{dashes}", color=colour(name), linewidth=1.2, markersize=2, alpha=0.8)
-                axes.plot(kept["epoch"], kept["validation"][metric.name], "o", color=colour(name), markersize=5)
+            for split, dashes in (("train", ":"), ("validation", "-")):
+                values = [row[split][metric.name] for row in record["history"]]
+                axes.plot(epochs, values, f".{dashes}", color=shade, linewidth=1.2, markersize=2, alpha=0.8)
+            axes.plot(kept["epoch"], kept["validation"][metric.name], "o", color=shade, markersize=5)
     for axes, metric in zip(grid[:, 0], metrics):
         axes.set_ylabel(metric.label)
     grid[0, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    lines = [
-        line("training (running mean over the epoch)", style=":"),
-        line("validation"),
-        line("epoch whose weights were kept", style="", marker="o"),
-    ]
+    lines = [line("training (running mean over the epoch)", style=":"), line("validation")]
+    lines += [line("epoch whose weights were kept", style="", marker="o")]
     figure.legend(handles=lines, loc="outside lower center", ncols=3)
     figure.suptitle(f"{task.title}: training, a line per seed")
     return figure
@@ -2200,16 +1984,15 @@ def training_history_figure(records: Records, task: Task) -> Figure:
 
 def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
     """Forecasts against the truth, one step ahead and free-running, and the latter's error by horizon."""
-    first = [runs[0] for runs in by_model(records).values()]
-    figure = Figure(figsize=(11, 1.9 * len(first) + 3.4), layout="constrained")
-    grid = figure.add_gridspec(len(first) + 1, 2, height_ratios=[*[1] * len(first), 1.3])
-    for row, record in enumerate(first):
-        found, shade = record["evidence"]["forecasts"], colour(record["model"])
-        name = f"{record['model']}, seed {record['seed']}"
+    models = by_model(records)
+    figure = Figure(figsize=(11, 1.9 * len(models) + 3.4), layout="constrained")
+    grid = figure.add_gridspec(len(models) + 1, 2, height_ratios=[*[1] * len(models), 1.3])
+    for row, (name, (record, *_)) in enumerate(models.items()):
+        found, shade, who = record["evidence"]["forecasts"], colour(name), f"{name}, seed {record['seed']}"
         left = figure.add_subplot(grid[row, 0], ylabel="value (series units)")
         right = figure.add_subplot(grid[row, 1], sharey=left)
-        left.set_title(f"{name}, one step ahead: MSE {record['test']['mse']:.4g}", color=shade)
-        right.set_title(f"{name}, free-running: each forecast is fed back", color=shade)
+        left.set_title(f"{who}, one step ahead: MSE {record['test']['mse']:.4g}", color=shade)
+        right.set_title(f"{who}, free-running: each forecast is fed back", color=shade)
         for axes, prefix in ((left, ""), (right, "free_")):
             steps = np.arange(1, len(found[f"{prefix}truth"]) + 1)
             axes.plot(steps, found[f"{prefix}truth"], color=GREY, marker="o", markersize=2.5, linewidth=0)
@@ -2217,20 +2000,18 @@ def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
     left.set_xlabel("test example, in order of time")
     right.set_xlabel("steps ahead of the last observed value")
     errors = figure.add_subplot(grid[-1, :], xlabel="steps ahead", ylabel="MSE (series units²)")
-    for name, runs in by_model(records).items():
+    for name, runs in models.items():
         mean = np.mean([r["evidence"]["forecasts"]["free_mse"] for r in runs], axis=0)
         errors.plot(np.arange(1, len(mean) + 1), mean, color=colour(name), label=name)
-    ceilings = results[(results["kind"] == "ceiling") & (results["metric"] == "mse")].groupby("name")["value"].mean()
+    ceilings = results.query("kind == 'ceiling' and metric == 'mse'").groupby("name")["value"].mean()
     for name, value in ceilings.items():
         errors.axhline(value, color="black", linestyle=":", label=f"{name} (the floor)")
     variance = records[0]["evidence"]["forecasts"]["variance"]
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the series: no skill")
     errors.set(title="Free-running error, mean over seeds", ylim=(0, 1.3 * errors.get_ylim()[1]))  # room for the legend
     errors.legend(loc="upper center", ncols=5)
-    lines = [
-        line("observed value", style="", marker="o", markersize=2.5),
-        line("forecast (in the model's colour)", "black"),
-    ]
+    observed = line("observed value", style="", marker="o", markersize=2.5)
+    lines = [observed, line("forecast (in the model's colour)", "black")]
     figure.legend(handles=lines, loc="outside lower center", ncols=2)
     figure.suptitle(f"{FORECASTER.title}: forecasts against the truth")
     return figure
@@ -2241,14 +2022,11 @@ def parameters_figure(models: pd.DataFrame) -> Figure:
     tasks = list(models.groupby("task", sort=False))
     figure = Figure(figsize=(9, 1.6 * len(tasks) + 1.0), layout="constrained")
     for axes, (task, table) in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks):
-        table = table.iloc[::-1]
-        left = np.zeros(len(table))
+        table, left = table.iloc[::-1], 0
+        look = {"color": [colour(name) for name in table["model"]], "edgecolor": "white", "linewidth": 0.5}
         for part, hatch in PARTS.items():
-            colours = [colour(name) for name in table["model"]]
-            axes.barh(
-                table["model"], table[part], left=left, color=colours, hatch=hatch, edgecolor="white", linewidth=0.5
-            )
-            left += table[part].to_numpy()
+            axes.barh(table["model"], table[part], left=left, hatch=hatch, **look)
+            left = left + table[part]
         for row in table.itertuples():
             axes.text(row.parameters, row.model, f" {row.parameters:,} (recurrent {row.recurrent:,})", va="center")
         axes.set(xlim=(0, 1.35 * table["parameters"].max()), title=TASKS[task].title)
@@ -2267,138 +2045,111 @@ def architectures_figure(records: Records) -> Figure:
     width = max(len(record["layers"]) for record in first) + 1
     figure = Figure(figsize=(1.75 * width + 1.5, 1.0 * len(first) + 0.6), layout="constrained")
     for axes, record in zip(figure.subplots(len(first), 1, squeeze=False)[:, 0], first):
+        shade = colour(record["model"])
         axes.set(xlim=(-0.9, width - 0.5), ylim=(-0.5, 0.5))
         axes.axis("off")
-        label = f"{record['model']}\n{record['task']}"
-        axes.text(-0.85, 0, label, color=colour(record["model"]), fontweight="bold", va="center")
+        axes.text(-0.85, 0, f"{record['model']}\n{record['task']}", color=shade, fontweight="bold", va="center")
         start = {"kind": "input", "settings": "", "shape": record["input_shape"], "parameters": 0}
-        for x, layer in enumerate([start, *record["layers"]]):
-            draw_layer(axes, x, layer, colour(record["model"]))
+        for x, layer in enumerate([start, *record["layers"]]):  # a box, with an arrow from the one before it
+            settings = re.sub(r"(batch_first|inplace|bias)=\w+|in_features=|out_features=", "", layer["settings"])
+            settings = ", ".join(part for part in re.split(r",\s*", settings) if part)
+            lines = ["last state" if layer["kind"] == "Recurrent" else layer["kind"]] + [f"({settings})"] * bool(
+                settings
+            )
+            lines += [f"→ ({', '.join(['B', *map(str, layer['shape'])])})"]
+            lines += [f"{layer['parameters']:,} weights"] * bool(layer["parameters"])
+            box = {"boxstyle": "round,pad=0.4", "edgecolor": shade, "facecolor": "white"}
+            box["linewidth"] = 2.0 if layer["parameters"] else 0.8
+            axes.text(x, 0, "\n".join(lines), ha="center", va="center", fontsize=7.5, bbox=box, zorder=2)
+            if x:
+                arrow = {"arrowstyle": "->", "color": GREY}
+                axes.annotate("", (x - 0.4, 0), (x - 0.6, 0), arrowprops=arrow, zorder=3)
     figure.suptitle("Architectures, drawn from the live models (B: batch)")
     return figure
 
 
-def draw_layer(axes: Axes, x: int, layer: Mapping, edge: tuple[float, ...]) -> None:
-    """A box at position `x`, with an arrow from the one before it."""
-    settings = re.sub(r"(batch_first|inplace|bias)=\w+|in_features=|out_features=", "", layer["settings"])
-    settings = ", ".join(part for part in re.split(r",\s*", settings) if part)
-    shape = ", ".join(["B", *map(str, layer["shape"])])
-    lines = ["last state" if layer["kind"] == "Recurrent" else layer["kind"]]
-    lines += [f"({settings})"] * bool(settings) + [f"→ ({shape})"]
-    lines += [f"{layer['parameters']:,} weights"] * bool(layer["parameters"])
-    width = 2.0 if layer["parameters"] else 0.8
-    box = {"boxstyle": "round,pad=0.4", "edgecolor": edge, "facecolor": "white", "linewidth": width}
-    axes.text(x, 0, "\n".join(lines), ha="center", va="center", fontsize=7.5, bbox=box, zorder=2)
-    if x:
-        axes.annotate("", (x - 0.4, 0), (x - 0.6, 0), arrowprops={"arrowstyle": "->", "color": GREY}, zorder=3)
-
-
 def performance_figure(results: pd.DataFrame, runs: pd.DataFrame, models: pd.DataFrame) -> Figure:
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
-    tasks = tasks_in(results)
+    tasks, summary = tasks_in(results), summarise(results[results["subset"] == ALL])
     figure = Figure(figsize=(14, 2.5 * len(tasks) + 0.6), layout="constrained")
     grid = figure.subplots(len(tasks), 4, squeeze=False, width_ratios=[2.2, 1, 1, 1])
-    summary = summarise(results[results["subset"] == ALL])
-    for row, task in zip(grid, tasks):
+    for (scores, *bars), task in zip(grid, tasks):
         metric = task.metrics[0]
         for score in summary.query("task == @task.name and metric == @metric.name").iloc[::-1].itertuples():
             marker, shade = MARKERS.get(score.kind) or ("o", colour(score.name))
-            row[0].errorbar(score.mean, score.name, xerr=np.nan_to_num(score.std), fmt=marker, color=shade, capsize=3)
-        row[0].set(title=task.title, xlabel=f"test {metric.label}")
+            scores.errorbar(score.mean, score.name, xerr=np.nan_to_num(score.std), fmt=marker, color=shade, capsize=3)
+        scores.set(title=task.title, xlabel=f"test {metric.label}")
         if not metric.higher_is_better:  # errors differ by factors
-            row[0].set(xscale="log", xlabel=f"test {metric.label}, log scale")
-            row[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            row[0].xaxis.set_major_formatter("{x:.2g}")
-            row[0].xaxis.set_minor_formatter("")
-        seconds = runs[runs["task"] == task.name].groupby("model", sort=False)["seconds"].mean()
-        cost_bars(row[1], seconds, "training (s per run)")
-        steps = models[models["task"] == task.name].set_index("model")
-        cost_bars(row[2], steps["ms_per_step"], "step (ms), kernel", steps["kernel"])
-        cost_bars(row[3], steps["activation_bytes"] / 2**20, "activations (MiB, longest batch)")
+            scores.set(xscale="log", xlabel=f"test {metric.label}, log scale")
+            scores.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scores.xaxis.set_major_formatter("{x:.2g}")
+            scores.xaxis.set_minor_formatter("")
+        costs = models[models["task"] == task.name].set_index("model").iloc[::-1]  # barh draws upwards
+        costs["seconds"] = runs[runs["task"] == task.name].groupby("model")["seconds"].mean()
+        costs["MiB"], kernels = costs["activation_bytes"] / 2**20, " " + costs["kernel"]
+        labels = ("training (s per run)", "step (ms), kernel", "activations (MiB, longest batch)")
+        for axes, column, label in zip(bars, ("seconds", "ms_per_step", "MiB"), labels):
+            values, notes, room = costs[column], "", 1.35
+            if column == "ms_per_step":
+                notes, room = kernels, 2.0
+            drawn = axes.barh(values.index, values, color=[colour(name) for name in values.index])
+            axes.bar_label(drawn, values.map("{:.3g}".format) + notes, padding=3)
+            axes.set(xlabel=label, xlim=(0, max(room * values.max(), 0.1)))
+            axes.set_ylim(-0.75, len(values) - 0.25)  # a bar alone is no wider than among others
+            axes.grid(axis="y", visible=False)
     figure.suptitle("Test split, mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), and costs")
     return figure
 
 
-def cost_bars(axes: Axes, values: pd.Series, label: str, notes: pd.Series | None = None) -> None:
-    """A bar per model, from the top, with its value and a note behind it."""
-    values = values.iloc[::-1]
-    bars = axes.barh(values.index, values, color=[colour(name) for name in values.index])
-    texts = [f"{value:.3g}" + (f" {notes[name]}" if notes is not None else "") for name, value in values.items()]
-    axes.bar_label(bars, texts, padding=3)
-    axes.set(xlabel=label, xlim=(0, max((1.35 if notes is None else 2.0) * values.max(), 0.1)))
-    axes.set_ylim(-0.75, len(values) - 0.25)  # a bar alone is no wider than among others
-    axes.grid(axis="y", visible=False)
-
-
 def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
-    """Why memory matters: gradient by time step, next-word accuracy by distance, reviews with a false ending.
-
-    The last two need what only a generator knows. None if there is nothing to show.
-    """
-    accuracy = (
-        results[results["metric"] == ACCURACY.name].groupby(["task", "subset", "name"], sort=False)["value"].mean()
-    )
-    classifiers, subsets = by_model(r for r in records if r["task"] == CLASSIFIER.name), set(results["subset"])
-    panels = [
-        (gradient_panel, classifiers, bool(classifiers)),
-        (distance_panel, accuracy, FAR in subsets),
-        (ending_panel, accuracy, CONTRADICTS in subsets),
-    ]
-    panels = [(draw, shown) for draw, shown, there in panels if there]
-    if not panels:
+    """Why memory matters: gradient by time step, accuracy by distance and by ending; None without any."""
+    accuracy = results[results["metric"] == ACCURACY.name]
+    accuracy = accuracy.groupby(["task", "subset", "name"], sort=False)["value"].mean()
+    classifiers, subsets = by_model([r for r in records if r["task"] == CLASSIFIER.name]), set(results["subset"])
+    # the last two need what only a generator knows
+    there = {"gradient": bool(classifiers), "distance": FAR in subsets, "ending": CONTRADICTS in subsets}
+    shown = [panel for panel in there if there[panel]]
+    if not shown:
         return None
-    figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
-    for axes, (draw, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        draw(axes, shown)
+    figure = Figure(figsize=(4.6 * len(shown), 4.4), layout="constrained")
+    panels = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False)[0]))
     lines = [line(name, colour(name), linewidth=3) for name in by_model(records)]
-    if FAR in subsets:
-        lines.append(line("trigram", style="--", marker="D"))
-        lines.append(line("grammar's full state", "black", ":"))
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines) if len(panels) > 1 else 1)
+    if axes := panels.get("gradient"):  # that reaches each word
+        for name, what in product(classifiers, ("initial_gradient", "gradient")):
+            sizes = [r["evidence"][what] for r in classifiers[name]]
+            length = min(map(len, sizes))
+            mean = np.mean([size[:length] for size in sizes], axis=0)
+            axes.semilogy(mean, "-" if what == "gradient" else ":", color=colour(name), linewidth=1.3)
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-12))  # a gradient below that is as good as none
+        axes.set(title="Gradient of the loss at each word", xlabel="words back from the end of the review")
+        axes.set_ylabel("norm of the gradient")
+        axes.legend(handles=[line("before training", style=":"), line("after")], loc="lower left")
+    if axes := panels.get("distance"):  # accuracy on verbs and objects by that from the subject that determines them
+        found = accuracy[PREDICTOR.name].rename("accuracy").reset_index()
+        found[["role", "distance"]] = found["subset"].str.extract(r"(\w+) (\d+) words after")
+        found = found.dropna().astype({"distance": int}).pivot_table("accuracy", "distance", "name", sort=False)
+        styles = {"trigram": ("D--", GREY), "grammar's full state": (":", "black")}
+        for name in found:
+            if base_name(name) in COLOURS or name in styles:
+                style, shade = styles.get(name) or ("o-", colour(name))
+                axes.plot(100 * found[name].dropna().sort_index(), style, color=shade, markersize=4)
+        axes.set(title="Next word, by distance of its cue", xlabel="distance of the cue (words back)", ylim=(0, 100))
+        axes.set_ylabel("accuracy (%)")
+        lines += [line("trigram", style="--", marker="D"), line("grammar's full state", "black", ":")]
+    if axes := panels.get("ending"):  # accuracy on reviews whose closing verdict agrees with their label, or does not
+        found = accuracy[CLASSIFIER.name].unstack("name").reindex([AGREES, CONTRADICTS])
+        models = [name for name in found if base_name(name) in COLOURS]
+        for i, name in enumerate(models):
+            middle = np.arange(2) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
+            bars = axes.bar(middle, 100 * found[name], 0.75 / len(models), color=colour(name))
+            axes.bar_label(bars, fmt="%.0f")
+        axes.axhline(50, color=GREY, linestyle="--", linewidth=1)
+        axes.set(title="Reviews, by what their last word says", ylim=(0, 105), ylabel="accuracy (%); dashed: guessing")
+        axes.set_xticks([0, 1], [subset.replace(" the", "\nthe") for subset in found.index])
+        axes.grid(axis="x", visible=False)
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines) if len(shown) > 1 else 1)
     figure.suptitle("Long-range memory, mean over seeds")
     return figure
-
-
-def gradient_panel(axes: Axes, models: Mapping[str, Records]) -> None:
-    """Size of the gradient that reaches each word, before and after training."""
-    for name, runs in models.items():
-        for what, dashes in (("initial_gradient", ":"), ("gradient", "-")):
-            length = min(len(r["evidence"][what]) for r in runs)
-            mean = np.mean([r["evidence"][what][:length] for r in runs], axis=0)
-            axes.semilogy(np.arange(length), mean, dashes, color=colour(name), linewidth=1.3)
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-12))  # a gradient below that is as good as none
-    axes.set(title="Gradient of the loss at each word", xlabel="words back from the end of the review")
-    axes.set_ylabel("norm of the gradient")
-    axes.legend(handles=[line("before training", style=":"), line("after")], loc="lower left")
-
-
-def distance_panel(axes: Axes, accuracy: pd.Series) -> None:
-    """Accuracy on verbs and objects by their distance from the subject that determines them."""
-    found = accuracy[PREDICTOR.name].rename("accuracy").reset_index()
-    found[["role", "distance"]] = found["subset"].str.extract(r"(\w+) (\d+) words after")
-    found = found.dropna().astype({"distance": int}).groupby(["name", "distance"], sort=False)["accuracy"].mean()
-    styles = {"trigram": ("D--", GREY), "grammar's full state": (":", "black")}
-    for name in found.index.get_level_values("name").unique():
-        if base_name(name) in COLOURS or name in styles:
-            style, shade = styles.get(name) or ("o-", colour(name))
-            axes.plot(100 * found[name].sort_index(), style, color=shade, markersize=4)
-    axes.set(title="Next word, by distance of its cue", xlabel="distance of the cue (words back)", ylim=(0, 100))
-    axes.set_ylabel("accuracy (%)")
-
-
-def ending_panel(axes: Axes, accuracy: pd.Series) -> None:
-    """Accuracy on reviews whose closing verdict agrees with their label, and on those where it does not."""
-    found = accuracy[CLASSIFIER.name].unstack("name").reindex([AGREES, CONTRADICTS])
-    models = [name for name in found if base_name(name) in COLOURS]
-    for i, name in enumerate(models):
-        middle = np.arange(2) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
-        bars = axes.bar(middle, 100 * found[name], 0.75 / len(models), color=colour(name))
-        axes.bar_label(bars, fmt="%.0f")
-    axes.axhline(50, color=GREY, linestyle="--", linewidth=1)
-    axes.set(title="Reviews, by what their last word says", ylim=(0, 105), xticks=[0, 1])
-    axes.set_xticklabels([subset.replace(" the", "\nthe") for subset in (AGREES, CONTRADICTS)])
-    axes.set_ylabel("accuracy (%); dashed: guessing")
-    axes.grid(axis="x", visible=False)
 
 
 # ======================================================================================
@@ -2413,7 +2164,6 @@ EXAMPLES = """examples:
   python pytorch_rnn_models.py --predict outputs/models/classifier_GRU_seed42.pt "A warm and clever film."
       use a model that was trained
 """
-PREDICTION = {"length": 20, "temperature": 1.0, "seed": 42}  # options of --predict with their defaults
 
 
 class Parser(argparse.ArgumentParser):
@@ -2439,13 +2189,9 @@ def temperature(text: str) -> float:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; raises InputError when they cannot be followed."""
-    parser = Parser(
-        prog="pytorch_rnn_models.py",
-        description="Trains RNN, LSTM and GRU on three tasks and writes tables and figures.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    about = "Trains RNN, LSTM and GRU on three tasks and writes tables and figures."
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser(prog="pytorch_rnn_models.py", description=about, epilog=EXAMPLES, **form)
     positive = partial(whole_number, least=1)
     add = parser.add_argument_group("what is trained").add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="any of %(choices)s")
@@ -2478,7 +2224,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=whole_number, metavar="N", help="of the words that --predict draws; default: 42")
     options = parser.parse_args(argv)
 
-    for name, default in PREDICTION.items():
+    for name, default in (("length", 20), ("temperature", 1.0), ("seed", 42)):
         if getattr(options, name) is None:
             setattr(options, name, default)
         elif not options.predict:
@@ -2501,31 +2247,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     default = "quick" if options.quick else "_".join(["own", *stems]) if stems else ""
     options.output_dir = options.output_dir or Path("outputs", default)
     return options
-
-
-def configuration(options: argparse.Namespace) -> Config:
-    """The configuration that the options ask for; raises InputError."""
-    config = dict(QUICK if options.quick else DEFAULT)
-    for name, path in options.files.items():
-        config[name] = replace(
-            config[name], file=user_file(path, options.series_column if path == options.series else None)
-        )
-    if options.epochs:
-        config = {name: replace(c, training=replace(c.training, epochs=options.epochs)) for name, c in config.items()}
-    return config
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`, made deterministic; raises InputError if it is not there."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = "cuda" if available["cuda"] else "cpu"
-    if not available[name]:
-        here = ", ".join(device for device, there in available.items() if there)
-        raise InputError(f"--device {name}: there is none here; choose from {here}, or auto")
-    device = torch.device(name)
-    prepare_device(device)
-    return device
 
 
 def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -2551,10 +2272,10 @@ def make_folders(directory: Path) -> None:
 def all_costs(options: argparse.Namespace, config: Config, device: torch.device, steps: int, rounds: int) -> dict:
     """What a training step of each model costs on the data of the first seed, by task and model."""
     costs = {}
-    for name in options.tasks:
+    for name, task in ((name, TASKS[name]) for name in options.tasks):
         data = cached_data(name, config[name], options.seeds[0], device)
-        models = {m: build_model(TASKS[name], m, config[name], data, 0)[0].to(device) for m in options.models}
-        costs[name] = measure_costs(TASKS[name], models, config[name].training, data, steps, rounds)
+        models = {m: build_model(task, m, config[name], data, 0)[0].to(device) for m in options.models}
+        costs[name] = measure_costs(task, models, config[name].training, data, steps, rounds)
     return costs
 
 
@@ -2570,25 +2291,21 @@ def train(options: argparse.Namespace, config: Config, device: torch.device) -> 
     for task in options.files:  # what cannot be used is to be said before anything else
         cached_data(task, config[task], options.seeds[0], device)
     make_folders(options.output_dir)
-    print(
-        f"{sum(job.model != BASELINES for job in jobs)} runs: {', '.join(options.tasks)} x {', '.join(options.models)} "
-        f"x seeds {', '.join(map(str, options.seeds))}, on {device}, {workers} at a time with a thread each",
-        file=sys.stderr,
-    )
+    models, seeds = ", ".join(options.models), ", ".join(map(str, options.seeds))
+    what = f"{sum(job.model != BASELINES for job in jobs)} runs: {', '.join(options.tasks)} x {models} x seeds {seeds}"
+    print(f"{what}, on {device}, {workers} at a time with a thread each", file=sys.stderr)
     costs = all_costs(options, config, device, steps=2, rounds=2)
     expected = dict.fromkeys(jobs, (1.0, 1))  # seconds and batches of each run; of the baselines a guess
     for job in jobs:
         if job.model != BASELINES:
-            cost, training = costs[job.task][job.model], config[job.task].training
-            batches = cost["batches_per_epoch"] * training.epochs
+            cost = costs[job.task][job.model]
+            batches = cost["batches_per_epoch"] * config[job.task].training.epochs
             expected[job] = batches * cost["ms_per_step"] / 1000, batches
     hours, minutes = divmod(math.ceil(sum(seconds for seconds, _ in expected.values()) / workers / 60), 60)
     estimate = f"{hours} h {minutes} min" if hours else f"{minutes} min"
     print(f"about {estimate} if all epochs are used; training stops early where that helps", file=sys.stderr)
-    order = [*options.tasks, *options.seeds]
-    jobs.sort(
-        key=lambda job: (order.index(job.task), order.index(job.seed), -expected[job][0])
-    )  # a seed's longest first
+    # a seed's longest first
+    jobs.sort(key=lambda job: (options.tasks.index(job.task), options.seeds.index(job.seed), -expected[job][0]))
     work = partial(carry_out, config=config, device=device, output_dir=options.output_dir, costs=costs)
     with closing(Progress(expected)) as progress:
         if workers == 1:
@@ -2607,12 +2324,9 @@ def report(config: Config, output_dir: Path) -> bool:
         return False
     results, runs, models = results_table(records), runs_table(trained), models_table(trained)
     comparisons, summary = compare(results), summarise(results[results["subset"] == ALL])
-    tables = {
-        "runs": runs,
-        "summary": summary[summary["metric"].isin(CSV_METRICS)].drop(columns="subset"),
-        "comparisons": comparisons,
-        "costs": models[["task", "model", "parameters", "recurrent_parameters", *COST_COLUMNS]],
-    }
+    tables = {"runs": runs, "comparisons": comparisons}
+    tables["summary"] = summary[summary["metric"].isin(CSV_METRICS)].drop(columns="subset")
+    tables["costs"] = models[["task", "model", "parameters", "recurrent_parameters", *COST_COLUMNS]]
     for name, table in tables.items():
         write_whole(output_dir / f"pytorch_rnn_{name}.csv", table.to_csv(index=False))
     write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, results, comparisons))
@@ -2654,34 +2368,46 @@ def benchmark(options: argparse.Namespace, config: Config, device: torch.device)
     make_folders(options.output_dir)
     print("measuring; this takes about a minute on an idle machine", file=sys.stderr)
     costs = all_costs(options, config, device, *((2, 2) if options.quick else (5, 30)))
+    columns = [f"{prefix}{unit}" for prefix in ("", "bare_") for unit in ("ms_per_step", "samples_per_second")]
     rows = [{"task": task, "model": name} | costs[task][name] for task in options.tasks for name in options.models]
-    table = pd.DataFrame(rows).drop(columns=["activation_bytes", "batches_per_epoch"])
+    table = pd.DataFrame(rows)[["task", "model", *columns, "overhead", "kernel"]]
     write_whole(options.output_dir / "pytorch_rnn_benchmark.csv", table.to_csv(index=False))
     print(table.assign(overhead=table["overhead"].map("{:+.1%}".format)).to_string(index=False))
 
 
-def predict(options: argparse.Namespace) -> None:
-    """Print what a trained model makes of the input; raises InputError."""
-    path, source = options.predict
-    model = load_checkpoint(path)
-    if source == "-":
-        source = sys.stdin.buffer.read().decode(errors="replace")
-    elif os.path.exists(source):  # noqa: PTH110 (Path's raises if a text is too long for a name)
-        source = read_text(source)
-    elif re.search(r"\.(txt|csv|tsv|xlsx?|gz)$", source):
-        raise InputError(f"{source}: no such file")
-    print(model.describe(source, options))
-
-
-def interrupt(number: int, _frame: object) -> None:
-    """What SIGTERM does while `main` runs: the same as Ctrl-C, but for the exit status."""
-    raise KeyboardInterrupt(number)
-
-
-def complain(message: str) -> None:
-    """One line on the standard error output, with control characters as escapes."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f"pytorch_rnn_models.py: {text if len(text) <= 300 else text[:297] + '...'}", file=sys.stderr)
+def obey(options: argparse.Namespace) -> int:
+    """Do what the options ask for; returns the exit status."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = ("cuda" if there["cuda"] else "cpu") if options.device == "auto" else options.device
+    if not there[name]:
+        here = ", ".join(device for device in there if there[device])
+        raise InputError(f"--device {name}: there is none here; choose from {here}, or auto")
+    prepare_device(device := torch.device(name))
+    if options.predict:
+        path, source = options.predict
+        model = load_checkpoint(path)
+        if source == "-":
+            source = sys.stdin.buffer.read().decode(errors="replace")
+        elif os.path.exists(source):  # noqa: PTH110 (Path's raises if a text is too long for a name)
+            source = read_text(source)
+        elif re.search(r"\.(txt|csv|tsv|xlsx?|gz)$", source):
+            raise InputError(f"{source}: no such file")
+        print(model.describe(source, options))
+        return 0
+    config = dict(QUICK if options.quick else DEFAULT)
+    for name, path in options.files.items():
+        column = options.series_column if name == FORECASTER.name else None
+        config[name] = replace(config[name], file=user_file(path, column))
+    if options.epochs:
+        config = {name: replace(c, training=replace(c.training, epochs=options.epochs)) for name, c in config.items()}
+    if options.benchmark:
+        benchmark(options, config, device)
+        return 0
+    failed = 0 if options.report else train(options, config, device)
+    if options.report and not read_records(options.output_dir, config):
+        where = f"no records in {options.output_dir / 'runs'} of the configuration asked for"
+        raise InputError(f"--report: {where}; train first, and give the same --quick, --epochs and files")
+    return 0 if report(config, options.output_dir) and not failed else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2689,36 +2415,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or a file that cannot hold "±" gets "\\xb1"
         sys.stdout.reconfigure(errors="backslashreplace")
     listens = threading.current_thread() is threading.main_thread()  # only there can a signal be listened to
+
+    def interrupt(number: int, _frame: object) -> None:  # the same as Ctrl-C, but for the exit status
+        raise KeyboardInterrupt(number)
+
     before = signal.signal(signal.SIGTERM, interrupt) if listens else None
     try:
-        options = parse_args(argv)
-        device = choose_device(options.device)
-        if options.predict:
-            predict(options)
-            return 0
-        config = configuration(options)
-        if options.benchmark:
-            benchmark(options, config, device)
-            return 0
-        failed = 0 if options.report else train(options, config, device)
-        if options.report and not read_records(options.output_dir, config):
-            where = f"no records in {options.output_dir / 'runs'} of the configuration asked for"
-            raise InputError(f"--report: {where}; train first, and give the same --quick, --epochs and files")
-        return 0 if report(config, options.output_dir) and not failed else 1
+        return obey(parse_args(argv))
     except SystemExit:  # --help
         return 0
     except InputError as error:
-        complain(str(error))
-        return 2
+        status, message = 2, str(error)
     except (RuntimeError, MemoryError, OSError) as error:
-        complain(first_line(error))
-        return 1
+        status, message = 1, first_line(error)
     except KeyboardInterrupt as stopped:
-        complain("interrupted; finished runs are kept: --resume does the rest, --report makes their tables and figures")
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        message = "interrupted; finished runs are kept: --resume does the rest, --report makes their tables and figures"
     finally:
         if listens:
             signal.signal(signal.SIGTERM, before)
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)  # one line, whatever a file's name holds
+    print(f"pytorch_rnn_models.py: {text if len(text) <= 300 else text[:297] + '...'}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

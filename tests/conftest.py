@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytorch_rnn_models as rnn  # noqa: E402
 
-CPU = torch.device("cpu")
+SCRIPT = [sys.executable, str(ROOT / "tests" / "without_figures.py")]  # the command line, with empty figures
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def data():
     """The data of every task in the quick configuration, seed 0."""
-    return {name: task.build_data(getattr(rnn.QUICK, name), 0) for name, task in rnn.TASKS.items()}
+    return {name: task.build_data(rnn.QUICK[name], 0) for name, task in rnn.TASKS.items()}
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +45,9 @@ def no_figures(monkeypatch):
     leave_out_figures(monkeypatch)
 
 
-def new_model(task, name, data, seed=0, **changes):
-    torch.manual_seed(seed)
-    return rnn.TASKS[task].models[name](**{**data[task].arguments, **changes})
+def new_model(task, name, data, **changes):
+    """An untrained model of the quick configuration for the data of that name."""
+    return rnn.build_model(rnn.TASKS[task], name, replace(rnn.QUICK[task], **changes), data[task], 0)[0]
 
 
 def pytest_addoption(parser):

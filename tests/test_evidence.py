@@ -1,87 +1,133 @@
-"""Statistics, matched sizes, costs, gradient flow and free-running forecasts."""
+"""Statistics, matched sizes, costs, gradient flow and forecasts that feed on themselves."""
 
 import json
+import math
 import re
+from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 import pytorch_rnn_models as rnn
-from conftest import CPU, new_model
+from conftest import new_model
 
 
-def record(model, seed, scores, task="classifier"):
-    def examples(scores):
-        return {"score": np.asarray(scores, dtype=float), "loss": 1 - np.asarray(scores, dtype=float)}
-
-    never, half = np.zeros(len(scores)), np.arange(len(scores)) % 2
-    references = [
-        {"name": "never", "kind": "baseline", "accuracy": 0.0, "examples": examples(never)},
-        {"name": "half", "kind": "baseline", "accuracy": 0.5, "examples": examples(half)},
-        {"name": "always", "kind": "ceiling", "accuracy": 1.0, "examples": examples(never + 1)},
+def results(task="classifier", metric="accuracy", baselines=(), **values):
+    """A table of results: a value per seed, from seed 1 on, for each name."""
+    rows = [
+        (task, name, "baseline" if name in baselines else "model", seed, "all", metric, value)
+        for name, by_seed in values.items()
+        for seed, value in enumerate(by_seed, start=1)
     ]
-    run = {"task": task, "model": model, "seed": seed, "unit": 1.0, "references": references}
-    return run | {"examples": examples(scores)}
+    return pd.DataFrame(rows, columns=["task", "name", "kind", "seed", "subset", "metric", "value"])
 
 
-def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(200):
-        seeds = [rng.normal(rng.normal(0, 0.3), 1, 50) for _ in range(10)]
-        low, high = np.quantile(rnn.bootstrap_means(seeds, rng, resamples=200), [0.025, 0.975])
-        covered += low <= 0 <= high
-    assert 0.85 <= covered / 200 <= 0.99
+# --- statistics -----------------------------------------------------------------------
 
 
-def test_bootstrap_of_one_seed_is_the_ordinary_one():
-    values = np.random.default_rng(0).normal(2, 1, 400)
-    means = rnn.bootstrap_means([values], np.random.default_rng(1))
-    assert means.mean() == pytest.approx(values.mean(), abs=0.01)
-    assert means.std() == pytest.approx(values.std() / 20, rel=0.15)
+@pytest.mark.parametrize(("degrees", "value"), [(1, 12.706), (2, 4.303), (3, 3.182), (9, 2.262), (200, 1.972)])
+def test_critical_values_of_students_t(degrees, value):
+    assert rnn.student_t(degrees) == pytest.approx(value, abs=1e-3)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says(seeds):
+    rng, covered = np.random.default_rng(seeds), 0
+    for _ in range(400):
+        data = rng.normal(0, 0.2, seeds)  # what makes a seed easy or hard for both
+        table = results(RNN=0.6 + data + rng.normal(0, 0.02, seeds), LSTM=0.7 + data + rng.normal(0, 0.03, seeds))
+        row = rnn.compare(table).iloc[0]
+        assert row["low"] < row["difference"] < row["high"]
+        covered += row["low"] <= -0.1 <= row["high"]
+    assert 0.92 < covered / 400 < 0.98
 
 
 def test_comparisons_pair_by_seed_and_speak_plainly():
-    rng = np.random.default_rng(0)
-    records = []
-    for seed in (1, 2, 3):
-        right = rng.random(500) < 0.6
-        records.append(record("RNN", seed, right))
-        records.append(record("LSTM", seed, right | (rng.random(500) < 0.3)))
-        records.append(record("GRU", seed, rng.random(500) < 0.6))
-    records.append(record("RNN", 9, np.zeros(500)))  # no other model has this seed
-    table = rnn.compare_models(records)
-    assert list(table) == "task,metric,a,b,difference,low,high,verdict".split(",")
-    rows = table[table["metric"] == "accuracy"].set_index(["a", "b"])
-    row = rows.loc[("RNN", "LSTM")]
-    assert row["low"] < row["difference"] < row["high"] < 0
-    expected = f"LSTM above RNN by {-100 * row['difference']:.1f} points "
-    assert row["verdict"] == expected + f"[{-100 * row['high']:.1f}, {-100 * row['low']:.1f}]"
-    assert rows.loc[("RNN", "GRU"), "verdict"].startswith("RNN and GRU: no clear difference [-")
-    half = rows.loc[("LSTM", "half")]
-    assert half["verdict"].startswith(f"LSTM above half by {100 * half['difference']:.1f} points [")
-    assert set(rows.index.get_level_values("b")) == {"LSTM", "GRU", "half"}, "of the baselines only the best"
+    table = results(
+        RNN=[0.60, 0.71, 0.52, 0.1], LSTM=[0.70, 0.83, 0.61], GRU=[0.61, 0.70, 0.52], half=[0.5] * 4, baselines=["half"]
+    )
+    table.loc[len(table)] = ["classifier", "never", "baseline", 1, "all", "accuracy", 0.0]
+    found = rnn.compare(table)
+    assert list(found) == "task,metric,a,b,difference,low,high,verdict".split(",")
+    rows = found.set_index(["a", "b"])
+    assert set(rows.index) == {
+        *[("RNN", "LSTM"), ("RNN", "GRU"), ("LSTM", "GRU")],
+        *[(name, "half") for name in rnn.MODEL_NAMES],  # of the baselines only the best
+    }
+    row = rows.loc[("RNN", "LSTM")]  # seeds 1 to 3: -10, -12 and -9 points
+    half = 4.303 * np.std([10, 12, 9], ddof=1) / math.sqrt(3)
+    assert [100 * row[name] for name in ("low", "difference", "high")] == pytest.approx(
+        [-31 / 3 - half, -31 / 3, -31 / 3 + half], abs=1e-3
+    )
+    assert row["verdict"] == f"LSTM better than RNN by 10.3 points [{31 / 3 - half:.1f}, {31 / 3 + half:.1f}]"
+    assert rows.loc[("RNN", "GRU"), "verdict"] == "RNN and GRU: no clear difference, 0.0 points [-2.5, 2.5]"
+    assert rows.loc[("LSTM", "half"), "verdict"].startswith("LSTM and half: no clear difference, 21.3 points [-6.1")
 
 
-def test_a_pair_with_one_seed_in_common_is_said_to_be_so():
-    scores = np.random.default_rng(0).random(100)
-    records = [record("RNN", 1, scores < 0.9), record("RNN", 2, scores < 0.9), record("GRU", 2, scores < 0.5)]
-    verdicts = rnn.compare_models(records).query("metric == 'accuracy'").set_index(["a", "b"])["verdict"]
-    assert re.fullmatch(r"RNN above GRU by [\d.]+ points \[.*\] on one seed", verdicts["RNN", "GRU"])
-    assert re.fullmatch(r"RNN above half by [\d.]+ points \[.*\]", verdicts["RNN", "half"])
+def test_of_an_error_the_lower_is_better_and_the_best_baseline_is_the_lowest():
+    table = results("forecaster", "mse", RNN=[2.0, 2.1], line=[1.0, 1.01], flat=[9.0, 9.1], baselines=["line", "flat"])
+    row = rnn.compare(table).iloc[0]
+    assert (row["b"], row["difference"]) == ("line", pytest.approx(1.045))
+    assert re.fullmatch(r"line better than RNN by 1 \[0\.\d+, 1\.\d+\]", row["verdict"])
+
+
+def test_one_seed_in_common_gives_no_interval_and_is_said_to_be_so():
+    rows = rnn.compare(results(RNN=[0.9, 0.8], GRU=[0.5], half=[0.5, 0.5], baselines=["half"])).set_index(["a", "b"])
+    assert rows.loc[("RNN", "GRU"), "verdict"] == "RNN better than GRU by 40.0 points on one seed"
+    assert rows.loc[("RNN", "GRU"), ["low", "high"]].isna().all()
+    assert rows.loc[("GRU", "half"), "verdict"] == "GRU and half: no clear difference, 0.0 points on one seed"
+    assert rows.loc[("RNN", "half"), "verdict"].endswith("points [-28.5, 98.5]")
+
+
+def test_a_summary_of_one_seed_says_so_and_when_a_baseline_wins(quick_run):
+    text = (quick_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    assert text.count("One seed supports no ranking") == 3
+    for name in rnn.MODEL_NAMES:
+        assert re.search(rf"- linear autoregression better than {name} by [\d.]+ on one seed\.\n", text)
+    assert "- Accuracy, ending contradicts the label: RNN " in text
+    assert "- Accuracy, cue 5 or more words back: RNN " in text
+
+
+def markdown_table(text, title):
+    """The table of a task's section of the summary, a dictionary per row."""
+    section = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(header, row)) for row in rows}
+
+
+def test_gap_closed_is_the_way_from_best_baseline_to_ceiling(quick_run):
+    table = pd.read_csv(quick_run / "pytorch_rnn_summary.csv")
+    shown = markdown_table((quick_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8"), "Text classification")
+    table = table[(table["task"] == "classifier") & (table["metric"] == "accuracy")]
+    best, ceiling = (table[table["kind"] == kind]["mean"].max() for kind in ("baseline", "ceiling"))
+    for row in table[table["kind"] == "model"].itertuples():
+        assert shown[row.name]["gap closed"] == f"{(row.mean - best) / (ceiling - best):.0%}".replace("%", " %")
+    assert shown["naive Bayes"]["gap closed"] == ""
+
+
+@pytest.mark.parametrize("seed", ["117", "32"])
+def test_there_is_no_gap_where_a_baseline_reaches_the_ceiling(seed, tmp_path, no_figures):
+    arguments = ["--quick", "--tasks", "classifier", "--models", "RNN", "--seeds", seed, "--epochs", "1"]
+    assert rnn.main([*arguments, "--output-dir", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "pytorch_rnn_summary.csv").query("metric == 'accuracy'")
+    best, ceiling = (table[table["kind"] == kind]["mean"].max() for kind in ("baseline", "ceiling"))
+    shown = markdown_table((tmp_path / "pytorch_rnn_summary.md").read_text(encoding="utf-8"), "Text classification")
+    assert best >= ceiling and "RNN" in shown and "gap closed" not in shown["RNN"]
+
+
+# --- sizes and costs ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", rnn.TASKS)
 @pytest.mark.parametrize("name", ["RNN", "GRU"])
-def test_matched_models_have_the_lstms_recurrent_parameters_within_2_percent(task, name):
-    config = getattr(rnn.Config(), task)
-    arguments = rnn.model_arguments(config, vocab_size=50, output_dim=1, input_dim=1)
-    arguments = {k: v for k, v in arguments.items() if k in rnn.TASKS[task].models["LSTM"].__init__.__annotations__}
+def test_matched_models_have_the_lstms_recurrent_parameters_within_2_percent(task, name, data):
     sizes = [
-        rnn.count_parameters(rnn.build_model(rnn.TASKS[task], model, arguments, 0)[0])["recurrent"]
-        for model in ("LSTM", name + rnn.MATCHED)
+        rnn.count_parameters(rnn.build_model(rnn.TASKS[task], model, rnn.DEFAULT[task], data[task], 0)[0])["recurrent"]
+        for model in ("LSTM", f"{name}-matched")
     ]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
 
@@ -93,7 +139,7 @@ def test_match_params_adds_its_rows_to_the_equal_hidden_size_ones(tmp_path, no_f
     runs = pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")
     assert runs["model"].tolist() == ["RNN", "RNN-matched"]
     assert runs["recurrent_parameters"].iloc[1] > 3 * runs["recurrent_parameters"].iloc[0]
-    model = rnn.load_checkpoint(tmp_path / "models" / "forecaster_RNN-matched_seed42.pt").model
+    model = rnn.load_checkpoint(tmp_path / "models" / "forecaster_RNN-matched_seed42.pt")
     assert rnn.count_parameters(model)["recurrent"] == runs["recurrent_parameters"].iloc[1]
 
 
@@ -114,6 +160,20 @@ def test_activation_bytes_grow_with_the_batch_and_leave_the_weights_out(data):
     assert 8 < large / small < 11
 
 
+def test_costs_are_those_of_the_loop_beside_the_bare_one(data):
+    task, own = rnn.TASKS["predictor"], data["predictor"]
+    models = {name: new_model("predictor", name, data) for name in ("RNN", "GRU")}
+    costs = rnn.measure_costs(task, models, rnn.Training(batch_size=64), own, steps=4, rounds=3)
+    assert list(costs) == ["RNN", "GRU"]
+    for cost in costs.values():
+        assert cost["samples_per_second"] == pytest.approx(64 / cost["ms_per_step"] * 1000, rel=0.05)
+        ratio = cost["ms_per_step"] / cost["bare_ms_per_step"] - 1
+        assert cost["overhead"] == pytest.approx(ratio, abs=0.5) and cost["overhead"] < 2
+
+
+# --- gradients and forecasts ----------------------------------------------------------
+
+
 def test_gradient_by_step_is_the_gradient_counted_from_the_last_word(data):
     own, task = data["classifier"], rnn.TASKS["classifier"]
     model = new_model("classifier", "GRU", data, dropout=0.5)
@@ -129,71 +189,44 @@ def test_gradient_by_step_is_the_gradient_counted_from_the_last_word(data):
     assert sizes == pytest.approx(embedded.grad[0].norm(dim=1).flip(0).tolist(), rel=1e-4)
 
 
-def test_free_running_feeds_each_forecast_back(data):
-    own, task = data["forecaster"], rnn.TASKS["forecaster"]
+def test_a_free_running_forecast_is_fed_back_and_in_the_units_of_the_series(data):
+    own = data["forecaster"]
     model = new_model("forecaster", "LSTM", data).eval()
-    result = rnn.free_running(model, task, own, horizon=5, stride=7)
-    window, forecasts = own.test.inputs[:1], []
+    found = rnn.forecasts(model, own, shown=4, horizon=5, stride=7)
+    window, values = own.test.inputs[:1], []
     with torch.no_grad():
         for _ in range(5):
-            forecasts.append(model(window).item())
-            window = torch.cat([window[:, 1:], torch.full((1, 1, 1), forecasts[-1])], dim=1)
-    assert result["forecast"] == pytest.approx(forecasts, abs=1e-5)
-    assert result["truth"] == pytest.approx(own.test.targets[:5, 0].tolist())
-    assert len(result["mse"]) == 5
+            values.append(model(window).item())
+            window = torch.cat([window[:, 1:], torch.full((1, 1, 1), values[-1])], dim=1)
+    assert (np.array(found["free_forecast"]) - own.offset) / own.unit == pytest.approx(np.array(values), abs=1e-4)
+    truth = own.test.targets[:5, 0].double().numpy() * own.unit + own.offset
+    assert found["free_truth"] == pytest.approx(truth, abs=1e-5) and found["truth"] == pytest.approx(
+        truth[:4], abs=1e-5
+    )
+    assert len(found["free_mse"]) == 5 and found["forecast"][0] == pytest.approx(found["free_forecast"][0], abs=1e-5)
 
 
-def test_a_perfect_model_runs_free_without_error(data):
-    class Oracle(torch.nn.Module):
-        """Continues a period-two series exactly."""
+def test_a_perfect_model_runs_free_without_error():
+    class Oracle(rnn.Forecaster):
+        """Continues a series of period two exactly."""
+
+        layer = nn.RNN
 
         def forward(self, windows):
             return windows[:, -2]
 
     rows = rnn.SeriesDataset([0.0, 1.0] * 100, 10)
-    own = rnn.TaskData("", rows, rows, rows, {}, {}, [], {})
-    assert rnn.free_running(Oracle(), rnn.TASKS["forecaster"], own)["mse"] == [0.0] * 95
+    own = rnn.TaskData(rows, rows, rows, {}, {}, {}, list, [])
+    assert rnn.forecasts(Oracle(1, 4, 1), own)["free_mse"] == [0.0] * 95
 
 
 def test_evidence_is_in_the_records(quick_run):
-    records = rnn.read_records(quick_run, rnn.QUICK)
-    assert all(rnn.EVIDENCE[r["task"]].keys() == r["evidence"].keys() for r in records)
-    first = next(r for r in records if r["task"] == "classifier")["evidence"]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (quick_run / "runs").iterdir()]
+    evidence = [(r["task"], tuple(r["evidence"])) for r in records if r["model"] in rnn.MODEL_NAMES]
+    assert Counter(evidence) == {
+        ("classifier", ("gradient", "initial_gradient")): 3,
+        ("predictor", ()): 3,
+        ("forecaster", ("forecasts",)): 3,
+    }
+    first = next(r for r in records if "gradient" in r.get("evidence", ()))["evidence"]
     assert first["gradient"] != first["initial_gradient"]
-
-
-def test_costs_are_those_of_the_loop_beside_the_bare_one(data):
-    task, own = rnn.TASKS["predictor"], data["predictor"]
-    costs = rnn.measure_costs(task, ["RNN", "GRU"], rnn.QUICK.predictor, own, CPU, steps=4, rounds=3)
-    assert list(costs) == ["RNN", "GRU"]
-    for cost in costs.values():
-        assert cost["samples_per_second"] == pytest.approx(64 / cost["ms_per_step"] * 1000, rel=0.05)
-        ratio = cost["ms_per_step"] / cost["bare_ms_per_step"] - 1
-        assert cost["overhead"] == pytest.approx(ratio, abs=0.5) and cost["overhead"] < 2
-
-
-def test_summary_says_when_one_seed_is_all_there_is_and_when_a_baseline_wins(quick_run):
-    text = (quick_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
-    assert text.count("One seed supports no ranking") == 3
-    for name in rnn.MODEL_NAMES:
-        assert re.search(rf"- linear autoregression below {name} by [\d.]+ \[.*\] on one seed\.\n", text)
-    assert "- On linear autoregression: a sum of K sines obeys" in text
-    assert "gap closed" in text
-
-
-def test_summary_says_which_models_lack_a_seed(quick_run):
-    own = [r for r in rnn.read_records(quick_run, rnn.QUICK) if r["task"] == "predictor"]
-    own += [r | {"seed": 43} for r in own[:2]]
-    text = rnn.summary_text(sorted(own, key=lambda r: r["model"]), rnn.compare_models(own))
-    assert "over the seeds 42 (GRU); 42, 43 (LSTM); 42, 43 (RNN)." in text
-
-
-def test_gap_closed_is_the_way_from_best_baseline_to_ceiling(quick_run):
-    own = json.loads(json.dumps(rnn.read_records(quick_run, rnn.QUICK)))
-    own = [r for r in own if r["task"] == "classifier"]
-    for r in own:
-        r["test"]["accuracy"] = 0.8
-        for reference, value in zip(r["references"], (0.5, 0.7, 0.9)):
-            reference["accuracy"] = value
-    table = rnn.performance_table(own, rnn.TASKS["classifier"]).set_index("")
-    assert set(table.loc[["RNN", "LSTM", "GRU"], "gap closed"]) == {"50 %"}

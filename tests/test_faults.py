@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 import pytorch_rnn_models as rnn
-from conftest import ROOT, leave_out_figures
+from conftest import SCRIPT, leave_out_figures
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups of POSIX")
 TINY = ["--quick", "--tasks", "forecaster", "--seeds", "1", "2"]
@@ -35,8 +35,9 @@ def leftovers(folder):
     return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
-def records(folder):
-    return list((folder / "runs").glob("*.json"))
+def records(folder, models="[RGL]*"):
+    """The records of models, or of "baselines"."""
+    return list((folder / "runs").glob(f"*_{models}_seed*.json"))
 
 
 def hear_interrupts():
@@ -46,7 +47,7 @@ def hear_interrupts():
 
 def start(*arguments):
     """The script, with empty figures, in a process group of its own."""
-    command = [sys.executable, str(ROOT / "tests" / "without_figures.py"), *map(str, arguments)]
+    command = [*SCRIPT, *map(str, arguments)]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
     return subprocess.Popen(command, preexec_fn=hear_interrupts, **options)
 
@@ -101,7 +102,7 @@ def kill_and_resume(folder, workers, kills, expected):
             current = folder / str(next(fresh))
     assert start(*command, current).wait() == 0
     assert tables(current) == expected
-    assert len(records(current)) == 6 and not leftovers(current)
+    assert len(records(current)) == 6 and len(records(current, "baselines")) == 2
 
 
 @pytest.mark.slow
@@ -113,29 +114,59 @@ def test_killed_at_20_random_moments_and_resumed_it_ends_as_if_undisturbed(undis
             chain.result()
 
 
+def resume(folder, capsys):
+    """Resume the tiny run; returns what was said."""
+    capsys.readouterr()
+    assert rnn.main([*TINY, "--resume", "--output-dir", str(folder)]) == 0
+    return capsys.readouterr().err
+
+
+def times(folder):
+    """When each record and model was written."""
+    return {path.name: path.stat().st_mtime_ns for path in [*folder.glob("runs/*"), *folder.glob("models/*")]}
+
+
 def test_resume_trains_only_what_is_missing_and_names_what_does_not_count(undisturbed, tmp_path, capsys, no_figures):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    runs = tmp_path / "runs"
-    (runs / "forecaster_RNN_seed1.json").unlink()
-    (runs / "forecaster_GRU_seed1.json").write_bytes((runs / "forecaster_GRU_seed1.json").read_bytes()[:-9])  # cut
-    whole = (runs / "forecaster_LSTM_seed1.json").read_text()
-    (runs / "forecaster_LSTM_seed1.json").write_text(whole.replace("0.1", "0.2", 1))  # altered
-    shutil.copy(runs / "forecaster_RNN_seed2.json", runs / "forecaster_GRU_seed2.json")  # of another run
-    assert (
-        rnn.main(["--quick", "--epochs", "1", *TINY[1:-2], "2", "--models", "LSTM", "--output-dir", str(tmp_path)]) == 0
-    )
-    (tmp_path / f".table.csv.{rnn.HOST}.999999999.tmp").write_text("left by a process that was killed")
-    kept = (runs / "forecaster_RNN_seed2.json").stat().st_mtime_ns
-    capsys.readouterr()
-    assert rnn.main([*TINY, "--resume", "--output-dir", str(tmp_path)]) == 0
-    error = capsys.readouterr().err
-    for name in ("GRU_seed1", "LSTM_seed1", "GRU_seed2", "LSTM_seed2"):
-        assert f"forecaster_{name}.json is damaged or of another configuration; it is trained again" in error
-    assert "resuming: 1 of 6 runs are finished" in error and "5 runs: " in error
-    assert (runs / "forecaster_RNN_seed2.json").stat().st_mtime_ns == kept
+    runs, models, name = tmp_path / "runs", tmp_path / "models", "forecaster_{}_seed{}.{}".format
+    (runs / name("RNN", 1, "json")).unlink()
+    content = (runs / name("GRU", 1, "json")).read_bytes()
+    (runs / name("GRU", 1, "json")).write_bytes(content[:-9])  # cut
+    shutil.copy(runs / name("RNN", 2, "json"), runs / name("GRU", 2, "json"))  # of another run
+    arguments = ["--quick", "--epochs", "1", "--tasks", "forecaster", "--seeds", "2", "--models", "LSTM"]
+    assert rnn.main([*arguments, "--output-dir", str(tmp_path)]) == 0  # of another configuration
+    before, error = times(tmp_path), resume(tmp_path, capsys)
+    for lost in (name("GRU", 1, "json"), name("GRU", 2, "json"), name("LSTM", 2, "json")):
+        assert f"{lost} or its model is damaged or of another configuration; it is done again" in error
+    assert "resuming: 2 of 6 runs are finished" in error and "4 runs: " in error
+    same = {"LSTM_seed1.json", "LSTM_seed1.pt", "RNN_seed2.json", "RNN_seed2.pt", "baselines_seed1.json"}
+    after = times(tmp_path)
+    assert {n for n in before if before[n] == after[n]} == {f"forecaster_{n}" for n in same}
     assert tables(tmp_path) == tables(undisturbed) and not leftovers(tmp_path)
-    assert rnn.main([*TINY, "--resume", "--output-dir", str(tmp_path)]) == 0
-    assert "resuming: 6 of 6 runs are finished" in capsys.readouterr().err
+    assert "resuming: 6 of 6 runs are finished" in resume(tmp_path, capsys) and times(tmp_path) == after
+    # what is damaged is the model
+    (models / name("RNN", 1, "pt")).unlink()
+    shutil.copy(models / name("GRU", 2, "pt"), models / name("GRU", 1, "pt"))  # the same model, of another seed
+    shutil.copy(models / name("LSTM", 1, "pt"), models / name("RNN", 2, "pt"))
+    (models / name("LSTM", 2, "pt")).write_bytes((models / name("LSTM", 2, "pt")).read_bytes()[:-99])
+    before = times(tmp_path)
+    assert "resuming: 2 of 6 runs are finished" in resume(tmp_path, capsys)
+    after = times(tmp_path)
+    same = {f"forecaster_{n}" for n in ("LSTM_seed1", "GRU_seed2", "baselines_seed1", "baselines_seed2")}
+    assert {n.partition(".")[0] for n in before if before[n] == after[n]} == same
+    assert tables(tmp_path) == tables(undisturbed)
+
+
+def test_baselines_are_measured_once_a_seed_and_resumed_alone(undisturbed, tmp_path, capsys, no_figures):
+    assert len(records(undisturbed)) == 6 and len(records(undisturbed, "baselines")) == 2
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    lost = tmp_path / "runs" / "forecaster_baselines_seed2.json"
+    lost.unlink()
+    before, error = times(tmp_path), resume(tmp_path, capsys)
+    assert "resuming: 6 of 6 runs are finished" in error
+    after = times(tmp_path)
+    assert set(after) - set(before) == {lost.name} and all(after[name] == before[name] for name in before)
+    assert tables(tmp_path) == tables(undisturbed)
 
 
 @pytest.mark.slow
@@ -146,14 +177,18 @@ def test_ctrl_c_while_the_workers_start_is_one_line_and_leaves_nothing(pause, tm
     time.sleep(pause)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"interrupted; reporting" in error and b"Traceback" not in error
+    lines = error.decode().splitlines()
+    assert process.returncode == 130 and lines[-1].startswith("pytorch_rnn_models.py: interrupted; ")
+    assert error.count(b"interrupted") == 1 and b"Traceback" not in error
     wait_for(lambda: group_is_gone(process), seconds=5)
-    assert not leftovers(tmp_path)
 
 
 def test_signals_wait_for_the_end_of_the_block_and_children_do_not_hear_ctrl_c():
     passed, script = [], "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)  # as the progress bar has one, which could hear the signal instead
+    other.start()
     try:
         hear_interrupts()
         with pytest.raises(KeyboardInterrupt), rnn.signals_held():
@@ -162,25 +197,28 @@ def test_signals_wait_for_the_end_of_the_block_and_children_do_not_hear_ctrl_c()
         assert passed == [0] and signal.getsignal(signal.SIGINT) == signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before[0])
+        done.set()
+        other.join()
     assert signal.getsignal(signal.SIGTERM) == before[1]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "to_all", "status"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
-def test_a_signal_ends_the_run_and_its_workers_and_reports_what_is_finished(number, to_all, status, tmp_path):
+def test_a_signal_ends_the_run_and_its_workers_and_keeps_what_is_finished(number, to_all, status, tmp_path):
     process = start(*TINY, *TWO, "--seeds", *range(30), "--output-dir", tmp_path)
     wait_for(lambda: records(tmp_path))
     (os.killpg if to_all else os.kill)(process.pid, number)  # a terminal sends Ctrl-C to the whole group
-    seconds = wait_for(lambda: len(children(process.pid)) <= 1)  # what is left is multiprocessing's tracker
+    seconds = wait_for(lambda: process.poll() is not None)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == status and seconds < 2
-    assert b"interrupted; reporting on the runs that are finished" in error and b"Traceback" not in error
+    last = error.decode().splitlines()[-1]
+    assert process.returncode == status and seconds < 5 and b"Traceback" not in error
+    assert last.startswith("pytorch_rnn_models.py: interrupted; ") and "--resume" in last and "--report" in last
     wait_for(lambda: group_is_gone(process), seconds=5)
-    assert not leftovers(tmp_path)
     finished = len(records(tmp_path))
-    assert 0 < finished < 90 and len(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")) == finished
-    assert (tmp_path / "pytorch_rnn_performance_summary.png").exists()
+    assert 0 < finished < 90 and not (tmp_path / "pytorch_rnn_runs.csv").exists()
+    assert start(*TINY, "--report", "--output-dir", tmp_path).wait() == 0
+    assert len(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")) == finished
 
 
 def children(pid):
@@ -232,15 +270,6 @@ def test_two_processes_fill_one_folder_with_slices(undisturbed, tmp_path):
     assert tables(tmp_path) == tables(undisturbed) and not leftovers(tmp_path)
 
 
-def test_a_living_process_keeps_its_temporary_file(tmp_path):
-    mine, living = tmp_path / f".a.csv.{rnn.HOST}.{os.getpid()}.tmp", tmp_path / f".b.csv.{rnn.HOST}.{os.getppid()}.tmp"
-    elsewhere = tmp_path / ".c.csv.another-machine.1.tmp"
-    for path in (mine, living, elsewhere):
-        path.write_text("")
-    rnn.remove_leftovers(tmp_path)
-    assert sorted(tmp_path.iterdir()) == [living, elsewhere]
-
-
 # --- disks and folders ----------------------------------------------------------------
 
 
@@ -290,26 +319,13 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(undisturbed, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[]", b"null", b'{"checksum": 1}', b"\xff\xfe", b'{"task": "pre', b"[" * 100_000]
+    "content", [b"", b"{}", b"[]", b"null", b'{"task": "chess"}', b"\xff\xfe", b'{"task": "pre', b"[" * 100_000]
 )
-def test_whatever_lies_among_the_records_is_named_and_left_out(content, undisturbed, tmp_path, capsys):
+def test_whatever_lies_among_the_records_is_named_and_left_out(content, undisturbed, tmp_path, capsys, no_figures):
     shutil.copytree(undisturbed / "runs", tmp_path / "runs")
     path = tmp_path / "runs" / "forecaster_RNN_seed1.json"
     path.write_bytes(content)
-    assert len(rnn.read_records(tmp_path, rnn.QUICK)) == 5
-    assert capsys.readouterr().err == f"{path} is not the whole record of a run of this version; it is left out\n"
-
-
-def test_a_record_survives_no_change_of_a_byte(undisturbed, tmp_path):
-    source = undisturbed / "runs" / "forecaster_RNN_seed1.json"
-    rng, content, path = np.random.default_rng(0), source.read_bytes(), tmp_path / source.name
-    for _ in range(60):
-        damaged = bytearray(content)
-        place = int(rng.integers(len(damaged)))
-        damaged[place] = damaged[place] ^ int(rng.integers(1, 256))
-        path.write_bytes(damaged)
-        try:
-            record = rnn.read_record(path)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-        assert record == rnn.read_record(source), "a change that means nothing, as of a space"
+    assert rnn.main([*TINY, "--report", "--output-dir", str(tmp_path)]) == 0
+    said = f"{path} is not the whole record of a run of this version; it is left out"
+    assert set(capsys.readouterr().err.splitlines()) == {said}
+    assert len(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")) == 5

@@ -1,7 +1,9 @@
 """A user's own files: what is read, what is refused and with which words, and a whole run on each."""
 
 import gzip
-import json
+import hashlib
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -37,7 +39,7 @@ WRITERS = {"reviews": reviews_csv, "corpus": corpus_txt, "series": series_csv}
 def build(kind, path, column="", **changes):
     """The task data of a user's file in the quick configuration."""
     task = TASK_OF[kind]
-    config = replace(getattr(rnn.QUICK, task), own=rnn.own_file(path, column), **changes)
+    config = replace(rnn.QUICK[task], file=rnn.user_file(str(path), column), **changes)
     return rnn.TASKS[task].build_data(config, 0)
 
 
@@ -71,23 +73,26 @@ def test_plain_gzipped_and_marked_files_give_the_same_data(kind, written):
 @pytest.mark.parametrize(("labels", "names"), [(("neg", "pos"), ["neg", "pos"]), (("1", "0"), ["0", "1"])])
 def test_labels_keep_their_case_and_the_second_in_order_is_positive(labels, names, written):
     data = build("reviews", written(reviews_csv(labels=labels)))
-    assert data.decoding["labels"] == names
+    assert data.preprocessing["labels"] == names
     data = build("reviews", written(reviews_csv(labels=("Bad", "GOOD"))))
-    assert data.decoding["labels"] == ["Bad", "GOOD"]
-    words = data.decoding["vocabulary"]
+    assert data.preprocessing["labels"] == ["Bad", "GOOD"]
+    words = data.preprocessing["vocabulary"]
     for review, target in zip(data.train.inputs.tolist(), data.train.targets[:, 0].tolist()):
         assert bool({words[i] for i in review} & set(GOOD)) == (target == 1)
 
 
-def test_quoted_commas_line_breaks_and_other_columns():
-    text = 'id,label,text\n1,yes,"one, two\nand ""three"""\n\n2,no,four\n'
-    reviews = rnn.parse_reviews(text, "f")
-    assert reviews.texts == ['one, two\nand "three"', "four"] and reviews.labels.tolist() == [1, 0]
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_reviews_with_quotes_line_breaks_other_columns_and_another_separator(separator):
+    text = 'id,label,text\n1,yes,"one\t two; three,\n\nand ""four"""\n\n2,no,five\n\n'
+    text = text.translate({ord(","): separator}) if separator != "," else text
+    reviews = rnn.read_reviews(text)
+    assert reviews.texts == [f'one\t two; three{separator}\n\nand "four"', "five"]
+    assert reviews.labels.tolist() == [1, 0] and reviews.names == ("no", "yes")
 
 
-def test_a_review_of_any_length_is_read():
-    reviews = rnn.parse_reviews(f"text,label\n{'word ' * 100_000},1\nb,0\n", "f")
-    assert len(reviews.texts[0]) == 499_999
+def test_a_review_of_any_length_and_words_that_look_like_gaps_are_read():
+    reviews = rnn.read_reviews(f"text,label\n{'word ' * 100_000},1\nNA,0\nnan,0\n")
+    assert len(reviews.texts[0]) == 499_999 and reviews.texts[1:] == ["NA", "nan"]
 
 
 def test_repeated_and_empty_reviews_are_left_out_and_counted(written):
@@ -99,8 +104,8 @@ def test_repeated_and_empty_reviews_are_left_out_and_counted(written):
 
 def test_own_reviews_are_shuffled_by_the_seed(written):
     rows = sorted(reviews_csv().splitlines()[1:], key=lambda row: row[-3:])  # all neg first
-    own = rnn.own_file(written("text,label\n" + "\n".join(rows)))
-    config = replace(rnn.QUICK.classifier, own=own)
+    file = rnn.user_file(str(written("text,label\n" + "\n".join(rows))))
+    config = replace(rnn.QUICK["classifier"], file=file)
     splits = [rnn.build_reviews(config, seed) for seed in (0, 0, 1)]
     assert 0.2 < splits[0].test.targets.mean() < 0.8
     assert torch.equal(splits[0].test.inputs, splits[1].test.inputs)
@@ -111,7 +116,7 @@ def test_of_a_long_review_the_end_is_kept(written):
     rows = [f"{'start ' * 30}{word} end{i},{label}" for i in range(20) for word, label in (("good", 1), ("bad", 0))]
     data = build("reviews", written("text,label\n" + "\n".join(rows)), max_words=4)
     assert data.train.inputs.shape[1] == 4
-    vocabulary = data.decoding["vocabulary"]
+    vocabulary = data.preprocessing["vocabulary"]
     assert {vocabulary[i] for i in data.train.inputs[:, 2].tolist()} == {"good", "bad"}
 
 
@@ -123,15 +128,15 @@ def test_corpus_keeps_words_of_any_script_sentence_ends_and_unknown_marks():
 
 def test_unknown_words_are_counted_and_never_a_hit(written):
     data = build("corpus", written(corpus_txt(800) + " rare1 <unk> rare2 film <unk>" * 30), vocab_size=6)
-    assert len(data.decoding["vocabulary"]) == 6 and data.decoding["vocabulary"].count("<unk>") == 1
+    assert len(data.preprocessing["vocabulary"]) == 6 and data.preprocessing["vocabulary"].count("<unk>") == 1
     unknown = (data.test.targets == 1).numpy()
     assert data.facts["unknown words in the test split"] == pytest.approx(unknown.mean()) and unknown.any()
     output = torch.zeros(len(data.test), 6)
     output[:, 1] = 9.0  # sure of <unk>
     assert not rnn.likeliest_hits(output, data.test.targets)[unknown].any()
-    assert not (rnn.likeliest_word(output) < 2).any()
-    for reference in data.references:
-        assert not reference.score[unknown].any()
+    assert not data.ceiling and len(baselines := data.baselines()) == 3
+    for baseline in baselines:
+        assert not baseline.score[unknown].any()
 
 
 def test_many_test_windows_are_thinned_evenly_and_stay_views(written, monkeypatch):
@@ -154,12 +159,13 @@ def test_many_test_windows_are_thinned_evenly_and_stay_views(written, monkeypatc
         ("1,3\n2,4\n", "2", [3, 4]),
         ("2,10\n3,11\n", "2", [10, 11]),
         ("a,1990\nmon,3\ntue,4\n", "1990", [3, 4]),
-        ("\n1\n2\n\n", "", [1, 2]),
-        ("a,b\n\nmon,3\n\ntue,4", "", [3, 4]),
+        ("day;t\r\nmon;3\r\ntue;4\r\n", "", [3, 4]),
+        ("day\tt\nmon\t3\n", "", [3]),
+        ("\n\n1\n2\n\n\n", "", [1, 2]),
     ],
 )
-def test_series_with_and_without_header(text, column, values):
-    assert rnn.parse_series(text, "f", column).tolist() == values
+def test_series_with_and_without_header_and_blank_lines_around(text, column, values):
+    assert rnn.read_series(text, column).tolist() == values
 
 
 # --- what is refused ------------------------------------------------------------------
@@ -167,32 +173,44 @@ def test_series_with_and_without_header(text, column, values):
 SINE = series_csv().splitlines()
 
 
+def sine_with(row):
+    """The series with another row in the tenth place."""
+    return "\n".join([*SINE[:9], row, *SINE[9:]])
+
+
+@pytest.mark.filterwarnings("error")  # a warning would be more than the one line
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
         ("reviews", None, "no such file"),
         ("reviews", "", "the file is empty"),
         ("corpus", " \n ", "the file is empty"),
-        ("corpus", b"abc \xff def", "not UTF-8 (byte 4 is 0xff); save it as UTF-8"),
-        ("corpus", b"\xef\xbb\xbfabc \xff", "not UTF-8 (byte 7 is 0xff)"),
+        ("corpus", b"abc \xff def", "not UTF-8 (byte 4 of its text); save it as UTF-8"),
         ("reviews", "text,rating\na,1\n", "there is no column 'label'; its columns are text, rating"),
-        ("reviews", "review;label\na;1\n", "there is no column 'text'; its columns are review;label"),
+        ("reviews", "review;label\na;1\n", "there is no column 'text'; its columns are review, label"),
         ("reviews", "text,label\na,1\nb,1\n", "holds 1 different values ('1'); two are needed"),
         ("reviews", "text,label\na,1\nb,2\nc,3\n", "holds 3 different values ('1', '2', '3'); two are needed"),
-        ("reviews", "text,label\na,1\nb,0,x\n", "row 3 has 3 fields, the first has 2"),
-        ("reviews", 'text,label\n"a,1\nb,0\n', "is not CSV (unexpected end of data)"),
+        ("reviews", "text,label\na,1\nb,\n", "row 3 holds no label"),
+        (
+            "reviews",
+            "text,label\na,1\nb,0,x\n",
+            "not a table (Error tokenizing data. C error: Expected 2 fields in line 3",
+        ),
+        ("reviews", 'text,label\n"a,1\nb,0\n', "not a table ("),
         ("reviews", "text,label\na,1\nb,0\n", "2 different reviews that hold a word; three splits need 20 or more"),
         ("corpus", "far too short", "3 words; three splits need 88 or more"),
         ("corpus", "<unk> " * 100, "no known word in its first 70%"),
         ("series", "x\n1\n2\n", "2 values; three splits need 408 or more"),
         ("series", "x\n" + "7\n" * 500, "constant over its first 70%, the training part"),
+        ("series", "x\n1e200\n-1e200\n" + "7\n" * 500, "or too large"),
         ("series", "x\n" + "a\n" * 500, "no numeric column among x; name one with --series-column"),
         ("series", "a,b\n1,2\n", "2 numeric columns among a, b; name one with --series-column"),
-        ("series", "\n".join([*SINE[:9], "1981,", *SINE[9:]]), "row 10 holds no value in the column 'temperature'"),
-        ("series", "\n".join([*SINE[:9], "1981,inf", *SINE[9:]]), "row 10 holds 'inf', which is not a finite number"),
-        ("series", "\n".join([*SINE[:9], "1981,o.5", *SINE[9:]]), "row 10 holds 'o.5', which is not a finite number"),
-        ("series", "x\n" + "1\n2\n" * 300 + "\n5\n", "row 602 holds no value in the column 'x'"),
-        ("series", "x\n1e200\n-1e200\n" + "7\n" * 500, "beyond 1e30 or 1e-30; choose another unit"),
+        ("series", sine_with("1981,"), "row 10 holds no value in the column 'temperature'"),
+        ("series", sine_with("1981,NA"), "row 10 holds no value in the column 'temperature'"),
+        ("series", sine_with(""), "row 10 holds no value in the column 'temperature'"),
+        ("series", "\n\n" + sine_with(""), "row 12 holds no value in the column 'temperature'"),
+        ("series", sine_with("1981,inf"), "row 10 holds 'inf', which is not a finite number"),
+        ("series", sine_with("1981,o.5"), "row 10 holds 'o.5', which is not a finite number"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_status_2(kind, content, message, written, tmp_path, capsys):
@@ -203,7 +221,7 @@ def test_what_cannot_be_used_is_one_line_and_status_2(kind, content, message, wr
     printed, error = capsys.readouterr()
     assert error.startswith(f"pytorch_rnn_models.py: {path}: ") and message in error
     assert not printed and error.count("\n") == 1
-    assert not list(out.rglob("*.json"))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -212,24 +230,23 @@ def test_what_cannot_be_used_is_one_line_and_status_2(kind, content, message, wr
         (["--tasks", "predictor", "--reviews", "f.csv"], "--reviews is for the task classifier, which --tasks leaves"),
         (["--series-column", "x"], "--series-column goes with --series or --predict"),
         (["--series", "FILE", "--series-column", "pressure"], "no column 'pressure'; its columns are day, temperature"),
-        (["--reviews", "."], "cannot be read"),
-        (["--corpus", "broken.gz"], "cannot be read"),
+        (["--reviews", "."], "not a regular file"),
+        (["--reviews", ""], "not a regular file"),
+        (["--series", "PIPE"], "not a regular file; a run needs one that can be read again"),
+        (["--corpus", "broken.gz"], "broken.gz: cannot be read"),
     ],
 )
-def test_misplaced_options(arguments, message, written, tmp_path, monkeypatch, capsys):
+def test_misplaced_options_and_what_is_no_file(arguments, message, written, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     written(series_csv(), "FILE")
     written(b"no gzip at all", "broken.gz")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("PIPE")
+    elif "PIPE" in arguments:
+        pytest.skip("no pipes with names here")
     assert rnn.main(["--quick", *arguments]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_file_that_changes_during_the_run_is_noticed(written):
-    path = written(corpus_txt(), "text.txt")
-    own = rnn.own_file(path)
-    path.write_text(corpus_txt() + " more")
-    with pytest.raises(rnn.InputError, match="changed since the run began"):
-        rnn.own_text(own)
+    printed, error = capsys.readouterr()
+    assert not printed and message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -265,19 +282,21 @@ def own_run(tmp_path_factory):
     return folder / "out"
 
 
-def test_a_run_on_own_data_says_what_they_are_and_that_the_ceiling_is_unknown(own_run):
+def test_a_run_on_own_data_says_what_they_are_and_claims_no_ceiling(own_run):
     text = (own_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
-    assert text.count("| best possible | ceiling | unknown |") == 3
     for said in (
-        "Which label does a text of my.reviews bear, neg or pos?",
-        "Of my.corpus (SHA-256 ",
+        "## Text classification: my.reviews",
+        "## Next-word prediction: my.corpus",
+        "## Time-series forecasting: my.series",
+        f"SHA-256 {hashlib.sha256(corpus_txt().encode()).hexdigest()[:12]}...",
         "reviews 60, ",
         "share pos 0.5",
-        "What is the next value of my.series?",
         "unknown words in the test split",
     ):
         assert said in text
-    assert "Prony" not in text and "Accuracy on" not in text
+    for task in rnn.TASKS.values():
+        assert task.question not in text
+    assert "gap closed |" not in text and "Accuracy, " not in text
     summary = pd.read_csv(own_run / "pytorch_rnn_summary.csv")
     assert set(summary["kind"]) == {"model", "baseline"} and set(summary["task"]) == set(rnn.TASKS)
     assert {path.name for path in own_run.glob("*.png")} == {
@@ -287,18 +306,18 @@ def test_a_run_on_own_data_says_what_they_are_and_that_the_ceiling_is_unknown(ow
     }
 
 
-def test_a_record_belongs_to_the_content_of_the_file_not_to_its_place(own_run, tmp_path):
-    record = json.loads((own_run / "runs" / "predictor_GRU_seed42.json").read_text())
-    assert record["configuration"]["own"]["path"] == "my.corpus"
-    (tmp_path / "my.corpus").write_text(corpus_txt(), encoding="utf-8")
+def test_the_runs_belong_to_the_content_of_the_file_not_to_its_place(own_run, tmp_path, no_figures, capsys):
+    def report(content):
+        (tmp_path / "my.corpus").write_text(content, encoding="utf-8")
+        arguments = ["--quick", "--report", "--tasks", "predictor", "--corpus", str(tmp_path / "my.corpus")]
+        return rnn.main([*arguments, "--output-dir", str(tmp_path)])
 
-    def found(path):
-        config = replace(rnn.QUICK, predictor=replace(rnn.QUICK.predictor, own=rnn.own_file(path)))
-        return [r["task"] for r in rnn.read_records(own_run, config)]
-
-    assert found(tmp_path / "my.corpus") == ["predictor"]
-    (tmp_path / "my.corpus").write_text(corpus_txt() + " more", encoding="utf-8")
-    assert found(tmp_path / "my.corpus") == []
+    shutil.copytree(own_run / "runs", tmp_path / "runs")
+    assert report(corpus_txt()) == 0
+    assert set(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")["task"]) == {"predictor"}
+    capsys.readouterr()
+    assert report(corpus_txt() + " more") == 2
+    assert "no records in" in capsys.readouterr().err
 
 
 def test_default_folder_is_named_after_the_files():
