@@ -1454,7 +1454,7 @@ def forecasts(model: Forecaster, data: TaskData, shown: int = 120, horizon: int 
     found |= {"free_truth": truth[0], "free_forecast": free[0]}
     found = {name: (values * data.unit + data.offset).tolist() for name, values in found.items()}
     errors = ((free - truth) ** 2).mean(dim=0) * data.unit**2
-    return found | {"free_mse": errors.tolist(), "variance": data.unit**2}
+    return found | {"free_mse": errors.tolist(), "variance": data.test.targets.var().item() * data.unit**2}
 
 
 EVIDENCE = {  # task: (task, trained model, untrained model, data) -> what its record holds beside the scores
@@ -2002,11 +2002,12 @@ def summary_text(records: Sequence[Mapping], results: pd.DataFrame, comparisons:
     environments = pd.DataFrame([record["environment"] for record in records]).astype(str)
     parts = [
         "# RNN, LSTM and GRU: results",
-        "The same training for a vanilla RNN, an LSTM and a GRU. Each seed draws its own data; of a user's file it "
-        "draws the splits of the reviews, while a text or a series is always cut at the same places. A ceiling is the "
-        "best that is possible on generated data; gap closed is how much of the way from the best baseline to it a "
-        "model has come, negative if it does worse than that baseline. Brackets hold 95 % intervals of the paired "
-        "difference over the seeds (Student's t). Seconds are those of a run's training, with other runs beside it.",
+        "The same training for a vanilla RNN, an LSTM and a GRU, each at its own learning rate. Each seed draws its own "
+        "data; of a user's file it draws the splits of the reviews, while a text or a series is always cut at the same "
+        "places. A ceiling is the best that is possible on generated data; gap closed is how much of the way from the "
+        "best baseline to it a model has come, negative if it does worse than that baseline. Brackets hold 95 % "
+        "intervals of the paired difference over the seeds (Student's t). Seconds are those of a run's training, with "
+        "other runs beside it.",
     ]
     for task in tasks_in(results):
         seeds = runs[runs["task"] == task.name].groupby("model", sort=False)["seed"]
@@ -2116,9 +2117,9 @@ def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
         errors.plot(np.arange(1, len(mean) + 1), mean, color=colour(name), label=name)
     ceilings = results.query("kind == 'ceiling' and metric == 'mse'").groupby("name")["value"].mean()
     for name, value in ceilings.items():
-        errors.axhline(value, color="black", linestyle=":", label=f"{name} (the floor)")
+        errors.axhline(value, color="black", linestyle=":", label=f"{name}, one step ahead: the floor")
     variance = records[0]["evidence"]["forecasts"]["variance"]
-    errors.axhline(variance, color=GREY, linestyle="--", label="variance of the series: no skill")
+    errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part: no skill")
     errors.set(title="Free-running error, mean over seeds", ylim=(0, 1.3 * errors.get_ylim()[1]))  # room for the legend
     errors.legend(loc="upper center", ncols=5)
     observed = line("observed value", style="", marker="o", markersize=2.5)
