@@ -2002,7 +2002,7 @@ def summary_text(records: Sequence[Mapping], results: pd.DataFrame, comparisons:
     environments = pd.DataFrame([record["environment"] for record in records]).astype(str)
     parts = [
         "# RNN, LSTM and GRU: results",
-        "The same training for a vanilla RNN, an LSTM and a GRU, each at its own learning rate. Each seed draws its own "
+        "The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws its own "
         "data; of a user's file it draws the splits of the reviews, while a text or a series is always cut at the same "
         "places. A ceiling is the best that is possible on generated data; gap closed is how much of the way from the "
         "best baseline to it a model has come, negative if it does worse than that baseline. Brackets hold 95 % "
