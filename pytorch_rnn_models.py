@@ -1,7 +1,7 @@
 """Vanilla RNN, LSTM and GRU compared on three tasks, each with its baselines and its ceiling.
 
     python pytorch_rnn_models.py                 the whole experiment, into outputs/
-    python pytorch_rnn_models.py --quick         the same on tiny data, into outputs/quick/
+    python pytorch_rnn_models.py --quick         the whole pipeline on tiny data, into outputs/quick/
     python pytorch_rnn_models.py --help          all options: your own data, resuming, trained models in use
     python -m pytest tests                       the tests
 
@@ -11,7 +11,7 @@ Tasks       classifier   positive or negative film reviews    (accuracy, binary 
 Sections    configuration, datasets, generated data, your own data, baselines, models, tasks, training, evidence,
             runs, results, figures, command line: each uses only what stands above it
 Data flow   arguments -> configuration -> runs -> records -> results -> figures
-Files       pytorch_rnn_*.png, pytorch_rnn_{runs,summary,comparisons,costs}.csv, pytorch_rnn_summary.md
+Files       pytorch_rnn_*.png, pytorch_rnn_{runs,summary,comparisons,costs,tuning,benchmark}.csv, pytorch_rnn_summary.md
             runs/TASK_MODEL_seedN.json      the record of a run; of MODEL "baselines", what needs no training
             models/TASK_MODEL_seedN.pt      its model: load_checkpoint(path).predict(...) uses it
             all in the output directory, each written whole or not at all
@@ -80,7 +80,7 @@ def require(condition: bool, message: str) -> None:
 
 
 class LearningRates(NamedTuple):
-    """Adam's learning rate at the start, each model's own: what `--tune --seeds 0 1 2 3 4` chose (outputs/tuning)."""
+    """Adam's rate at the start, each model's own: what `--tune --seeds 0 1 2 --output-dir outputs/tuning` chose."""
 
     RNN: float
     LSTM: float
@@ -93,7 +93,7 @@ class Training:
 
     epochs: int = 30  # upper bound; early stopping may end sooner
     batch_size: int = 64  # examples per update
-    accumulate_steps: int = 1  # micro-batches that a batch is cut into, to save memory; the update is the same
+    accumulate_steps: int = 1  # micro-batches that a batch is cut into, to save memory; the gradient is the batch's
     learning_rate: float = 1e-3  # Adam's, at the start; in a run, that of its model in `LearningRates`
     lr_factor: float = 0.5  # the rate is multiplied by this on a plateau of the validation loss
     lr_patience: int = 1  # epochs without improvement that are allowed; after one more the rate falls
@@ -122,7 +122,7 @@ class ClassifierConfig:
 
     file: UserFile | None = None  # takes the place of the generated reviews, which the next seven fields describe
     n_reviews: int = 5000
-    phrases: tuple[int, int] = (6, 65)  # three-word phrases per review, least and most: 22 to 199 words, 133 on average
+    phrases: tuple[int, int] = (6, 65)  # three-word phrases per review, least and most: 22 to 199 words, 134 on average
     opinion_rate: float = 0.6  # share of the phrases that state an opinion
     clarity: tuple[float, float] = (0.44, 0.84)  # range of a review's share of opinions that agree with its label
     negation_rate: float = 0.25  # share of the opinions put as the negation of the opposite
@@ -540,7 +540,7 @@ def best_forecasts(windows: np.ndarray, config: ForecasterConfig) -> np.ndarray:
     """The mean of the next value given each window (N, T) of a generated series, for whoever knows the generator: (N,).
 
     The forward filter of a hidden Markov model (Rabiner 1989) over (period, phase), uniform at the window's start.
-    No forecast from the same window has a lower expected squared error.
+    No forecast from the same window has a lower expected squared error (of the absolute one, the median has the least).
     """
     k, positions = len(config.periods), math.lcm(*config.periods)
     wave = config.amplitude * np.sin(2 * np.pi * np.arange(positions) / positions)
@@ -780,9 +780,10 @@ class Recurrent(nn.Module):
 class SequenceModel(nn.Module):
     """What the three kinds of models share; a subclass of each names the recurrent `layer`.
 
-    A trained model, as `load_checkpoint` returns it, also has its `preprocessing`, which turns a user's words or
-    values into its input and its output back, and its `metrics` on the test split. Its `describe` gives what the
-    command line prints of a prediction from a text.
+    A new kind of cell needs a subclass for each task here, an entry in each `Task.models`, in `LearningRates` and in
+    `COLOURS`, and, if it has gates, a look at `Recurrent`. A trained model, as `load_checkpoint` returns it, also has
+    its `preprocessing`, which turns a user's words or values into its input and its output back, and its `metrics` on
+    the test split. Its `describe` gives what the command line prints of a prediction from a text.
     """
 
     layer: type[nn.RNNBase] | None = None
@@ -1331,9 +1332,9 @@ def fit(
     for epoch in range(1, training.epochs + 1):
         start, rate, earlier = time.perf_counter(), optimizer.param_groups[0]["lr"], (epoch - 1) * len(batches)
         loss, score, norm = train_epoch(model, task, optimizer, loader, training, progress, earlier)
-        tested = evaluate(model, task, data.validation)
+        validation = evaluate(model, task, data.validation)
         row = {"epoch": epoch, "learning_rate": rate, "gradient_norm": norm, "seconds": time.perf_counter() - start}
-        row |= {"train": task.measure(loss, score, data.unit), "validation": task.measure(**tested, unit=data.unit)}
+        row |= {"train": task.measure(loss, score, data.unit), "validation": task.measure(**validation, unit=data.unit)}
         val_loss = row["validation"]["loss"]
         if not math.isfinite(loss + val_loss):
             who = f"{type(model).__name__} ({task.name}), seed {seed}"
@@ -1868,7 +1869,7 @@ def runs_table(records: Sequence[Mapping]) -> pd.DataFrame:
 
 
 def models_table(records: Sequence[Mapping]) -> pd.DataFrame:
-    """What does not depend on the seed, a row per task and model: parameters by part, cost of a training step."""
+    """A row per task and model, as its first seed has it: parameters by part, cost of a training step."""
     rows = []
     for r in records:
         row = {"task": r["task"], "model": r["model"]} | {part: r["parameters"].get(part, 0) for part in PARTS}
@@ -1931,7 +1932,7 @@ def judge(a: str, b: str, differences: pd.Series, metric: Metric) -> tuple[float
 
 
 def tuning_table(jobs: Sequence[Job], records: Sequence[Mapping]) -> pd.DataFrame:
-    """A row per tuning run; a run without a record has diverged, and its validation loss is infinite.
+    """A row per tuning run; a run without a record has failed, and its validation loss is infinite.
 
     Chosen is the rate of the lowest mean validation loss over the seeds.
     """
@@ -2218,8 +2219,9 @@ def learning_rates_figure(table: pd.DataFrame) -> Figure:
     tasks = list(table.groupby("task", sort=False))
     figure = Figure(figsize=(4.2 * len(tasks), 4.0), layout="constrained")
     for axes, (task, runs) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        for model, of_model in runs[np.isfinite(runs["val_loss"])].groupby("model", sort=False):
-            means = of_model.groupby("learning_rate")["val_loss"].mean()
+        for model, of_model in runs.groupby("model", sort=False):  # a rate that failed is not drawn
+            means = of_model.groupby("learning_rate")["val_loss"].mean().replace(math.inf, math.nan).dropna()
+            of_model = of_model[np.isfinite(of_model["val_loss"])]
             chosen = of_model[of_model["chosen"]]["learning_rate"].unique()
             axes.plot(means, "o-", color=colour(model), markersize=4)
             axes.plot(
@@ -2424,7 +2426,7 @@ def all_costs(options: argparse.Namespace, config: Config, device: torch.device,
 
 
 def run_jobs(
-    jobs: list[Job], options: argparse.Namespace, config: Config, device: torch.device, costs: Mapping
+    jobs: Sequence[Job], options: argparse.Namespace, config: Config, device: torch.device, costs: Mapping
 ) -> dict[Job, str]:
     """Carry out what is not finished of `jobs`, several at a time; returns the runs that failed, and why."""
     if options.resume:
@@ -2443,7 +2445,9 @@ def run_jobs(
     runs = f"{sum(job.model != BASELINES for job in jobs)} {'tuning ' * jobs[0].tuning}runs on {device}"
     print(f"{runs}, {workers} at a time with a thread each: about {estimate} if all epochs are used", file=sys.stderr)
     # a seed's longest first
-    jobs.sort(key=lambda job: (options.tasks.index(job.task), options.seeds.index(job.seed), -expected[job][0]))
+    jobs = sorted(
+        jobs, key=lambda job: (options.tasks.index(job.task), options.seeds.index(job.seed), -expected[job][0])
+    )
     work = partial(carry_out, config=config, device=device, output_dir=options.output_dir, costs=costs)
     with closing(Progress(expected)) as progress:
         if workers == 1:
@@ -2454,37 +2458,32 @@ def run_jobs(
         return progress.failures
 
 
-def tune(options: argparse.Namespace, config: Config, device: torch.device, costs: Mapping) -> dict:
+def tune(options: argparse.Namespace, config: Config, device: torch.device, costs: Mapping) -> tuple[dict, int]:
     """Each model's learning rate, by task and model: that of the lowest mean validation loss over the seeds.
 
     All models try one grid; a rate at its edge is followed one step outwards. A model of which no rate converged on
-    all seeds is left out. Writes the table and the figure.
+    all seeds is left out. Writes the table and the figure; returns also how many runs failed but by divergence. The
+    runs have no test part: `carry_out` takes it away.
     """
     grid = list(RATES[2:4] if options.quick else RATES[1:-1])
     models = [(task, model) for task in options.tasks for model in options.models]
-    jobs = [Job(*model, seed, rate, True) for model in models for rate in grid for seed in options.seeds]
-    run_jobs(list(jobs), options, config, device, costs)
-    table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True))
     outwards = {grid[0]: RATES[RATES.index(grid[0]) - 1], grid[-1]: RATES[RATES.index(grid[-1]) + 1]}
-    best = table[table["chosen"]].drop_duplicates(["task", "model"])
-    edges = [
-        (row.task, row.model, outwards[row.learning_rate]) for row in best.itertuples() if row.learning_rate in outwards
-    ]
-    more = [Job(task, model, seed, rate, True) for task, model, rate in edges for seed in options.seeds]
-    if more:
-        print(
-            f"{len(edges)} of {len(models)} models do best at an edge of the grid: one step outwards", file=sys.stderr
-        )
-        run_jobs(list(more), options, config, device, costs)
-        table = tuning_table(jobs + more, read_records(options.output_dir, config, tuning=True))
+    jobs, more, rates, failures = [], [(*model, rate) for model in models for rate in grid], {}, []
+    while more:
+        new = [Job(task, model, seed, rate, True) for task, model, rate in more for seed in options.seeds]
+        failures += run_jobs(new, options, config, device, costs).values()
+        jobs += new
+        table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True))
+        best = table[table["chosen"]].drop_duplicates(["task", "model"])
+        rates = {(row.task, row.model): row.learning_rate for row in best.itertuples()}
+        more = [(*model, outwards[rate]) for model, rate in rates.items() if rate in outwards]
+        outwards = {}
     write_whole(options.output_dir / "pytorch_rnn_tuning.csv", table.to_csv(index=False))
     draw(options.output_dir / "pytorch_rnn_learning_rates.png", partial(learning_rates_figure, table))
-    best = table[table["chosen"]].drop_duplicates(["task", "model"])
-    rates = {(row.task, row.model): row.learning_rate for row in best.itertuples()}
     for task, model in models:
-        found = f"{rates[task, model]:g}" if (task, model) in rates else "none: training diverged at every rate"
+        found = f"{rates[task, model]:g}" if (task, model) in rates else "none: training failed at every rate"
         print(f"learning rate of {task} {model}: {found}", file=sys.stderr)
-    return rates
+    return rates, sum("the loss is not finite" not in failure for failure in failures)
 
 
 def train(options: argparse.Namespace, config: Config, device: torch.device) -> int:
@@ -2499,11 +2498,12 @@ def train(options: argparse.Namespace, config: Config, device: torch.device) -> 
     costs = all_costs(options, config, device, steps=2, rounds=2)
     models = [(task, model) for task in options.tasks for model in options.models]
     rates = {(task, model): getattr(config[task].learning_rates, base_name(model)) for task, model in models}
+    failed = 0
     if options.tune:
-        rates = tune(options, config, device, costs)
+        rates, failed = tune(options, config, device, costs)
     jobs = [Job(*model, seed, rate) for model, rate in rates.items() for seed in options.seeds]
     jobs += [Job(task, BASELINES, seed) for task in options.tasks for seed in options.seeds]
-    return len(run_jobs(jobs, options, config, device, costs)) + len(models) - len(rates)
+    return failed + len(run_jobs(jobs, options, config, device, costs)) + len(models) - len(rates)
 
 
 def draw(path: Path, figure: Callable[[], Figure | None]) -> bool:
@@ -2521,11 +2521,12 @@ def draw(path: Path, figure: Callable[[], Figure | None]) -> bool:
 
 
 def report(config: Config, output_dir: Path) -> bool:
-    """Tables and figures from the records in `output_dir`; returns whether there were any and all could be drawn."""
+    """Tables and figures from the records in `output_dir`; returns whether all could be drawn."""
     records = read_records(output_dir, config)
     trained = [record for record in records if "history" in record]
     if not trained:
-        return False
+        where = f"no records in {output_dir / 'runs'} of trained models with the configuration asked for"
+        raise InputError(f"{where}; train first, and give the same --quick, --epochs and files")
     results, runs, models = results_table(records), runs_table(trained), models_table(trained)
     comparisons, summary = compare(results), summarise(results[results["subset"] == ALL])
     tables = {"runs": runs, "comparisons": comparisons}
@@ -2596,9 +2597,8 @@ def obey(options: argparse.Namespace) -> int:
         benchmark(options, config, device)
         return 0
     failed = 0 if options.report else train(options, config, device)
-    if options.report and not read_records(options.output_dir, config):
-        where = f"no records in {options.output_dir / 'runs'} of the configuration asked for"
-        raise InputError(f"--report: {where}; train first, and give the same --quick, --epochs and files")
+    if failed and not any("history" in record for record in read_records(options.output_dir, config)):
+        return 1  # each failure was named
     return 0 if report(config, options.output_dir) and not failed else 1
 
 

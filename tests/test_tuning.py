@@ -116,7 +116,7 @@ def test_tuning_goes_with_training_only(other, capsys):
 
 def test_the_configured_rates_are_those_of_the_committed_table():
     table = pd.read_csv(ROOT / "outputs" / "tuning" / "pytorch_rnn_tuning.csv")
-    assert set(table["seed"]) == {0, 1, 2, 3, 4}
+    assert set(table["seed"]) == {0, 1, 2}
     for (task, model), rate in chosen_rates(table).items():
         assert getattr(rnn.DEFAULT[task].learning_rates, model) == rate, (task, model)
     assert len(chosen_rates(table)) == 9
