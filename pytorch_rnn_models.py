@@ -639,7 +639,7 @@ def read_series(text: str, column: str = "") -> np.ndarray:
         missing = cell.lower() in ("", "na", "nan", "null", "none")
         found = "no value" if missing else f"{cell[:40]!r}, which is not a finite number"
         raise InputError(f"row {row} holds {found} in the column '{column}'")
-    return values.to_numpy(dtype=float)
+    return values.to_numpy(dtype=float, copy=True)
 
 
 # ======================================================================================

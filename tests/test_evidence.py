@@ -99,24 +99,17 @@ def markdown_table(text, title):
     return {row[0]: dict(zip(header, row)) for row in rows}
 
 
-def test_gap_closed_is_the_way_from_best_baseline_to_ceiling(quick_run):
-    table = pd.read_csv(quick_run / "pytorch_rnn_summary.csv")
-    shown = markdown_table((quick_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8"), "Text classification")
-    table = table[(table["task"] == "classifier") & (table["metric"] == "accuracy")]
-    best, ceiling = (table[table["kind"] == kind]["mean"].max() for kind in ("baseline", "ceiling"))
-    for row in table[table["kind"] == "model"].itertuples():
-        assert shown[row.name]["gap closed"] == f"{(row.mean - best) / (ceiling - best):.0%}".replace("%", " %")
-    assert shown["naive Bayes"]["gap closed"] == ""
-
-
-@pytest.mark.parametrize("seed", ["117", "32"])
-def test_there_is_no_gap_where_a_baseline_reaches_the_ceiling(seed, tmp_path, no_figures):
-    arguments = ["--quick", "--tasks", "classifier", "--models", "RNN", "--seeds", seed, "--epochs", "1"]
-    assert rnn.main([*arguments, "--output-dir", str(tmp_path)]) == 0
-    table = pd.read_csv(tmp_path / "pytorch_rnn_summary.csv").query("metric == 'accuracy'")
-    best, ceiling = (table[table["kind"] == kind]["mean"].max() for kind in ("baseline", "ceiling"))
-    shown = markdown_table((tmp_path / "pytorch_rnn_summary.md").read_text(encoding="utf-8"), "Text classification")
-    assert best >= ceiling and "RNN" in shown and "gap closed" not in shown["RNN"]
+@pytest.mark.parametrize(("baseline", "expected"), [(0.7, "50 %"), (0.5, "75 %"), (0.9, None), (0.95, None)])
+def test_gap_closed_is_the_way_from_best_baseline_to_ceiling_where_there_is_one(baseline, expected):
+    scores = {"RNN": ("model", 0.8), "worst": ("baseline", 0.1), "best": ("baseline", baseline), "it": ("ceiling", 0.9)}
+    rows = [("classifier", name, kind, 1, "all", "accuracy", value) for name, (kind, value) in scores.items()]
+    rows += [("classifier", name, kind, 1, "all", "loss", 1 - value) for name, (kind, value) in scores.items()]
+    results = pd.DataFrame(rows, columns=["task", "name", "kind", "seed", "subset", "metric", "value"])
+    run = {"task": "classifier", "model": "RNN", "learning_rate": 0.1, "best_epoch": 1, "seconds": 2.0}
+    table = rnn.performance_table(results, pd.DataFrame([run]), rnn.TASKS["classifier"]).set_index("")
+    assert ("gap closed" in table) == (expected is not None)
+    if expected:
+        assert table.loc["RNN", "gap closed"] == expected and table.loc["best", "gap closed"] == ""
 
 
 # --- sizes and costs ------------------------------------------------------------------
