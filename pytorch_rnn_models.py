@@ -134,7 +134,7 @@ class ClassifierConfig:
     hidden_dim: int = 100
     n_layers: int = 1
     dropout: float = 0.2
-    learning_rates: LearningRates = LearningRates(RNN=3e-4, LSTM=3e-3, GRU=3e-3)
+    learning_rates: LearningRates = LearningRates(RNN=3e-4, LSTM=3e-3, GRU=1e-2)
     training: Training = Training(epochs=16, batch_size=32, weight_decay=1e-4, patience=3)
 
 
