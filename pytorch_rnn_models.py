@@ -151,7 +151,7 @@ class PredictorConfig:
     hidden_dim: int = 100
     n_layers: int = 1
     dropout: float = 0.2
-    learning_rates: LearningRates = LearningRates(RNN=1e-2, LSTM=1e-2, GRU=1e-2)
+    learning_rates: LearningRates = LearningRates(RNN=1e-2, LSTM=3e-3, GRU=3e-3)
     training: Training = Training(epochs=25, batch_size=256, lr_factor=0.3, patience=3)
 
 
@@ -170,7 +170,7 @@ class ForecasterConfig:
     hidden_dim: int = 32
     n_layers: int = 2
     dropout: float = 0.0
-    learning_rates: LearningRates = LearningRates(RNN=1e-2, LSTM=3e-2, GRU=3e-2)
+    learning_rates: LearningRates = LearningRates(RNN=3e-2, LSTM=3e-2, GRU=3e-2)
     training: Training = Training(batch_size=64, lr_factor=0.4, lr_patience=0, patience=3)
 
 
