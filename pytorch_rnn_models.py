@@ -439,7 +439,7 @@ class Transcript:
 
     rng: np.random.Generator
     words: list[str] = field(default_factory=list)
-    best: list[float] = field(default_factory=list)  # probability of the likeliest word, given the full state
+    hits: list[bool] = field(default_factory=list)  # whether the likeliest word, given the full state, is the one drawn
     entropy: list[float] = field(default_factory=list)  # nats, given the full state
     cues: list[tuple[str, int]] = field(default_factory=list)  # (verb or object, words back to its subject), or ("", 0)
 
@@ -448,7 +448,7 @@ class Transcript:
         words = [word for word, probability in options.items() if probability]
         probabilities = np.array([options[word] for word in words])
         self.words.append(words[self.rng.choice(len(words), p=probabilities)])
-        self.best.append(probabilities.max())
+        self.hits.append(self.words[-1] == words[probabilities.argmax()])
         self.entropy.append(-(probabilities * np.log(probabilities)).sum())
         self.cues.append(("", 0))
         return self.words[-1]
@@ -1011,6 +1011,7 @@ def describe_layers(model: nn.Module, inputs: Tensor) -> list[dict]:
 
 CONTRADICTS, AGREES = "ending contradicts the label", "ending agrees with the label"  # subsets of the test examples
 FAR = "cue 5 or more words back"
+FULL_STATE = "grammar's full state"  # the ceiling of the next word
 
 
 @dataclass(frozen=True)
@@ -1087,8 +1088,8 @@ def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU)
         for role, distance in sorted({*text.cues[targets]} - {("", 0)}):
             subsets[f"{role} {distance} words after its subject"] = (roles == role) & (distances == distance)
         subsets[FAR] = distances >= 5
-        entropy, best = np.array(text.entropy[targets]), np.array(text.best[targets])
-        ceiling = [Reference("grammar's full state", "ceiling", entropy, best)]
+        entropy, hits = np.array(text.entropy[targets]), np.array(text.hits[targets], dtype=float)
+        ceiling = [Reference(FULL_STATE, "ceiling", entropy, hits)]
     preprocessing, sizes = {"vocabulary": list(vocabulary), "window": config.window}, {"vocab_size": len(vocabulary)}
     baselines = partial(corpus_baselines, ids[parts[0]], test, len(vocabulary))
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, subsets)
@@ -2269,16 +2270,16 @@ def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
         found = (
             found.dropna().astype({"distance": int}).pivot_table("accuracy", ["role", "distance"], "name", sort=False)
         )
-        # verbs and objects have different ceilings: what is drawn is the share of it, the mean of both
-        found = found.div(found["grammar's full state"], axis=0).groupby("distance").mean()
-        styles = {"trigram": ("D--", GREY), "grammar's full state": (":", "black")}
-        for name in found:
-            if base_name(name) in COLOURS or name in styles:
-                style, shade = styles.get(name) or ("o-", colour(name))
-                axes.plot(100 * found[name].dropna().sort_index(), style, color=shade, markersize=4)
-        axes.set(title="Next word, by distance of its cue", xlabel="distance of the cue (words back)", ylim=(0, 105))
+        found = 100 * found.div(found[FULL_STATE], axis=0)  # verbs and objects have different ceilings
+        names = [name for name in found if base_name(name) in COLOURS or name == "trigram"]
+        for name, (role, style) in product(names, (("verb", "o-"), ("object", "s:"))):
+            shade = GREY if name == "trigram" else colour(name)
+            axes.plot(found.loc[role][name].dropna().sort_index(), style, color=shade, markersize=4)
+        axes.axhline(100, color="black", linewidth=1)
+        axes.set(title="Next word, by distance from its subject", xlabel="words back to the subject", ylim=(0, 105))
         axes.set_ylabel("accuracy (% of the ceiling's)")
-        lines += [line("trigram", style="--", marker="D"), line("ceiling: grammar's full state", "black", ":")]
+        axes.legend(handles=[line("verb", marker="o"), line("object", style=":", marker="s")], loc="lower left")
+        lines.append(line("trigram", linewidth=3))
     if axes := panels.get("ending"):  # accuracy on reviews whose closing verdict agrees with their label, or does not
         found = accuracy[CLASSIFIER.name].unstack("name").reindex([AGREES, CONTRADICTS])
         models = [name for name in found if base_name(name) in COLOURS]
