@@ -1665,11 +1665,9 @@ def carry_out(
         record["history"] = fit(model.to(device), task, data, training, job.seed, progress)
     if job.model != BASELINES and not job.tuning:
         untrained = build_model(task, job.model, config, data, job.seed)[0].to(device)
-        record |= {
-            "parameters": count_parameters(model),
-            "layers": describe_layers(model, data.train.__getitems__([0, 1])[0]),
-        }
-        record |= {"input_shape": list(data.train.inputs.shape[1:])}
+        longest, _ = data.train.__getitems__(data.train.lengths.topk(2).indices)
+        record |= {"parameters": count_parameters(model), "layers": describe_layers(model, longest)}
+        record |= {"input_shape": list(longest.shape[1:])}
         # the test split is opened when the best validation weights are back: nothing is chosen by it
         record |= scores(**evaluate(model, task, data.test)) | {"cost": costs[job.task][job.model]}
         record["evidence"] = EVIDENCE[job.task](task, model, untrained, data)
