@@ -138,7 +138,7 @@ def test_resume_trains_only_what_is_missing_and_names_what_does_not_count(undist
     before, error = times(tmp_path), resume(tmp_path, capsys)
     for lost in (name("GRU", 1, "json"), name("GRU", 2, "json"), name("LSTM", 2, "json")):
         assert f"{lost} or its model is damaged or of another configuration; it is done again" in error
-    assert "resuming: 2 of 6 runs are finished" in error and "4 runs: " in error
+    assert "resuming: 2 of 6 runs are finished" in error and "4 runs on cpu" in error
     same = {"LSTM_seed1.json", "LSTM_seed1.pt", "RNN_seed2.json", "RNN_seed2.pt", "baselines_seed1.json"}
     after = times(tmp_path)
     assert {n for n in before if before[n] == after[n]} == {f"forecaster_{n}" for n in same}
