@@ -1574,6 +1574,11 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
+def job_of(record: Mapping, tuning: bool = False) -> Job:
+    """The run that a record is of; raises KeyError."""
+    return Job(*(record[name] for name in ("task", "model", "seed", "learning_rate")), tuning)
+
+
 def settings(config: TaskConfig) -> dict:
     """A configuration as its record holds it; of a user's file the name and the content, not the place."""
     values = json.loads(json.dumps(asdict(config)))  # tuples are lists in a record
@@ -1589,7 +1594,7 @@ def read_records(output_dir: Path, config: Config, tuning: bool = False) -> list
     for path in (output_dir / "runs").glob("tuning/*.json" if tuning else "*.json"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            job = Job(record["task"], record["model"], record["seed"], record["learning_rate"], tuning)
+            job = job_of(record, tuning)
             require(path == job.file(output_dir), "the record of another run")
             order = list(TASKS).index(job.task), models.index(job.model), job.seed, job.learning_rate if tuning else 0
             require("environment" in record and ("history" in record) != ("references" in record), "nothing measured")
@@ -1603,8 +1608,7 @@ def read_records(output_dir: Path, config: Config, tuning: bool = False) -> list
 def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Job]:
     """Those of the runs that lack their record, or the model that belongs to it; what does not count is named."""
     tuning, rest = any(job.tuning for job in jobs), []
-    found = read_records(output_dir, config, tuning)
-    records = {Job(r["task"], r["model"], r["seed"], r["learning_rate"], tuning): r for r in found}
+    records = {job_of(record, tuning): record for record in read_records(output_dir, config, tuning)}
     for job in jobs:
         finished = job in records and (tuning or job.model == BASELINES)
         with suppress(InputError):
@@ -1663,19 +1667,19 @@ def carry_out(
         if job.tuning:
             data = replace(data, test=None)
         record["history"] = fit(model.to(device), task, data, training, job.seed, progress)
-    if job.model != BASELINES and not job.tuning:
-        untrained = build_model(task, job.model, config, data, job.seed)[0].to(device)
-        longest, _ = data.train.__getitems__(data.train.lengths.topk(2).indices)
-        record |= {"parameters": count_parameters(model), "layers": describe_layers(model, longest)}
-        record |= {"input_shape": list(longest.shape[1:])}
-        # the test split is opened when the best validation weights are back: nothing is chosen by it
-        record |= scores(**evaluate(model, task, data.test)) | {"cost": costs[job.task][job.model]}
-        record["evidence"] = EVIDENCE[job.task](task, model, untrained, data)
-        checkpoint = {"task": job.task, "model": job.model, "arguments": arguments, "metrics": record["test"]}
-        checkpoint["weights"] = {name: weight.cpu() for name, weight in model.state_dict().items()}
-        checkpoint["preprocessing"] = dict(data.preprocessing)
-        torch.save(checkpoint, content := io.BytesIO())
-        write_whole(job.file(output_dir, "models"), content.getvalue())
+        if not job.tuning:
+            untrained = build_model(task, job.model, config, data, job.seed)[0].to(device)
+            longest, _ = data.train.__getitems__(data.train.lengths.topk(2).indices)
+            record |= {"parameters": count_parameters(model), "layers": describe_layers(model, longest)}
+            record |= {"input_shape": list(longest.shape[1:])}
+            # the test split is opened when the best validation weights are back: nothing is chosen by it
+            record |= scores(**evaluate(model, task, data.test)) | {"cost": costs[job.task][job.model]}
+            record["evidence"] = EVIDENCE[job.task](task, model, untrained, data)
+            checkpoint = {"task": job.task, "model": job.model, "arguments": arguments, "metrics": record["test"]}
+            checkpoint["weights"] = {name: weight.cpu() for name, weight in model.state_dict().items()}
+            checkpoint["preprocessing"] = dict(data.preprocessing)
+            torch.save(checkpoint, content := io.BytesIO())
+            write_whole(job.file(output_dir, "models"), content.getvalue())
     write_whole(job.file(output_dir), json.dumps(record))
 
 
@@ -1935,12 +1939,12 @@ def tuning_table(jobs: Sequence[Job], records: Sequence[Mapping]) -> pd.DataFram
 
     Chosen is the rate of the lowest mean validation loss over the seeds.
     """
-    found, rows = {(r["task"], r["model"], r["learning_rate"], r["seed"]): r for r in records}, []
+    found, rows = {job_of(record, tuning=True): record for record in records}, []
     for job in jobs:
-        key = job.task, job.model, job.learning_rate, job.seed
-        record = found.get(key)
+        record = found.get(job)
         best = best_epoch(record) if record else {"validation": {"loss": math.inf}, "epoch": 0}
-        rows.append((*key, best["validation"]["loss"], best["epoch"], len(record["history"]) if record else 0))
+        measured = best["validation"]["loss"], best["epoch"], len(record["history"]) if record else 0
+        rows.append((job.task, job.model, job.learning_rate, job.seed, *measured))
     columns = ["task", "model", "learning_rate", "seed", "val_loss", "best_epoch", "epochs"]
     table = pd.DataFrame(rows, columns=columns)
     means = table.groupby(columns[:3])["val_loss"].transform("mean")
@@ -2425,13 +2429,17 @@ def all_costs(options: argparse.Namespace, config: Config, device: torch.device,
 
 
 def run_jobs(
-    jobs: Sequence[Job], options: argparse.Namespace, config: Config, device: torch.device, costs: Mapping
+    jobs: Sequence[Job], options: argparse.Namespace, config: Config, device: torch.device, measure: Callable[[], dict]
 ) -> dict[Job, str]:
-    """Carry out what is not finished of `jobs`, several at a time; returns the runs that failed, and why."""
+    """Carry out what is not finished of `jobs`, several at a time; returns the runs that failed, and why.
+
+    `measure` gives the costs of a step, and is called only if there is a run to carry out.
+    """
     if options.resume:
         jobs = unfinished(jobs, options.output_dir, config)
     if not jobs:
         return {}
+    costs = measure()
     workers = min(options.workers or (1 if options.quick or device.type != "cpu" else usable_cores()), len(jobs))
     expected = dict.fromkeys(jobs, (1.0, 1))  # seconds and batches of each run; of the baselines a guess
     for job in jobs:
@@ -2457,7 +2465,9 @@ def run_jobs(
         return progress.failures
 
 
-def tune(options: argparse.Namespace, config: Config, device: torch.device, costs: Mapping) -> tuple[dict, int]:
+def tune(
+    options: argparse.Namespace, config: Config, device: torch.device, measure: Callable[[], dict]
+) -> tuple[dict, int]:
     """Each model's learning rate, by task and model: that of the lowest mean validation loss over the seeds.
 
     All models try one grid; a rate at its edge is followed one step outwards. A model of which no rate converged on
@@ -2470,7 +2480,7 @@ def tune(options: argparse.Namespace, config: Config, device: torch.device, cost
     jobs, more, rates, failures = [], [(*model, rate) for model in models for rate in grid], {}, []
     while more:
         new = [Job(task, model, seed, rate, True) for task, model, rate in more for seed in options.seeds]
-        failures += run_jobs(new, options, config, device, costs).values()
+        failures += run_jobs(new, options, config, device, measure).values()
         jobs += new
         table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True))
         best = table[table["chosen"]].drop_duplicates(["task", "model"])
@@ -2494,15 +2504,15 @@ def train(options: argparse.Namespace, config: Config, device: torch.device) -> 
         f"{', '.join(options.tasks)} x {', '.join(options.models)} x seeds {', '.join(map(str, options.seeds))}",
         file=sys.stderr,
     )
-    costs = all_costs(options, config, device, steps=2, rounds=2)
+    measure = cache(partial(all_costs, options, config, device, steps=2, rounds=2))  # once, for tuning and comparison
     models = [(task, model) for task in options.tasks for model in options.models]
     rates = {(task, model): getattr(config[task].learning_rates, base_name(model)) for task, model in models}
     failed = 0
     if options.tune:
-        rates, failed = tune(options, config, device, costs)
+        rates, failed = tune(options, config, device, measure)
     jobs = [Job(*model, seed, rate) for model, rate in rates.items() for seed in options.seeds]
     jobs += [Job(task, BASELINES, seed) for task in options.tasks for seed in options.seeds]
-    return failed + len(run_jobs(jobs, options, config, device, costs)) + len(models) - len(rates)
+    return failed + len(run_jobs(jobs, options, config, device, measure)) + len(models) - len(rates)
 
 
 def draw(path: Path, figure: Callable[[], Figure | None]) -> bool:
