@@ -35,6 +35,7 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zlib
@@ -80,7 +81,7 @@ def require(condition: bool, message: str) -> None:
 
 
 class LearningRates(NamedTuple):
-    """Adam's rate at the start, each model's own: what `--tune --seeds 0 1 2 --output-dir outputs/tuning` chose."""
+    """Adam's rate at the start, each model's own: what `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` chose."""
 
     RNN: float
     LSTM: float
@@ -113,14 +114,26 @@ class UserFile:
 
     path: str
     digest: str  # SHA-256 of its content: a run belongs to the content, wherever the file lies
-    column: str = ""  # of a series; without it, the only numeric one
+    columns: tuple[str, ...] = ()  # that the user named: of reviews text and label, of a series the values
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class TaskConfig:
+    """What the configurations of the three tasks share."""
+
+    options: str = ""  # of the command line, that lead to this configuration; no part of it
+    file: UserFile | None = None  # takes the place of the generated data
+    hidden_dim: int = 100
+    n_layers: int = 1
+    dropout: float = 0.2
+    learning_rates: LearningRates = LearningRates(1e-3, 1e-3, 1e-3)
+    training: Training = Training()
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(TaskConfig):
     """Text classification: the reviews, the model, its training. What each lever does: `generate_reviews`."""
 
-    file: UserFile | None = None  # takes the place of the generated reviews, which the next seven fields describe
     n_reviews: int = 5000
     phrases: tuple[int, int] = (6, 65)  # three-word phrases per review, least and most: 22 to 199 words, 134 on average
     opinion_rate: float = 0.6  # share of the phrases that state an opinion
@@ -131,35 +144,27 @@ class ClassifierConfig:
     vocab_size: int = 5000  # most frequent words of the training split, <pad> and <unk> included
     max_words: int = 200  # of a longer review the end is kept
     embed_dim: int = 50
-    hidden_dim: int = 100
-    n_layers: int = 1
-    dropout: float = 0.2
-    learning_rates: LearningRates = LearningRates(RNN=3e-4, LSTM=3e-3, GRU=1e-2)
-    training: Training = Training(epochs=16, batch_size=32, weight_decay=1e-4, patience=3)
+    learning_rates: LearningRates = LearningRates(RNN=1e-4, LSTM=1e-2, GRU=1e-2)
+    training: Training = Training(epochs=20, batch_size=32, weight_decay=1e-4, patience=3)
 
 
 @dataclass(frozen=True)
-class PredictorConfig:
+class PredictorConfig(TaskConfig):
     """Next-word prediction: the corpus, the model, its training. What each lever does: `generate_corpus`."""
 
-    file: UserFile | None = None  # takes the place of the generated corpus, which the next two fields describe
     n_words: int = 20_000
     favourite_rate: float = 0.7  # how often a subject takes its favourite verb, and its favourite object
     vocab_size: int = 5000  # as the classifier's
     window: int = 10  # words that the model sees before the one it predicts
     embed_dim: int = 50
-    hidden_dim: int = 100
-    n_layers: int = 1
-    dropout: float = 0.2
     learning_rates: LearningRates = LearningRates(RNN=1e-2, LSTM=3e-3, GRU=3e-3)
     training: Training = Training(epochs=25, batch_size=256, lr_factor=0.3, patience=3)
 
 
 @dataclass(frozen=True)
-class ForecasterConfig:
-    """Time-series forecasting: the series, the model, its training."""
+class ForecasterConfig(TaskConfig):
+    """Time-series forecasting: the series, the model, its training. What each lever does: `generate_series`."""
 
-    file: UserFile | None = None  # takes the place of the generated series, which the next five fields describe
     n_steps: int = 6000
     periods: tuple[int, ...] = (6, 12, 24)  # steps; a window holds at least two whole cycles of each
     switch_rate: float = 0.02  # how often the period changes: every 50 steps on average
@@ -170,11 +175,10 @@ class ForecasterConfig:
     hidden_dim: int = 32
     n_layers: int = 2
     dropout: float = 0.0
-    learning_rates: LearningRates = LearningRates(RNN=3e-2, LSTM=3e-2, GRU=3e-2)
+    learning_rates: LearningRates = LearningRates(RNN=1e-2, LSTM=3e-2, GRU=3e-2)
     training: Training = Training(batch_size=64, lr_factor=0.4, lr_patience=0, patience=3)
 
 
-TaskConfig = ClassifierConfig | PredictorConfig | ForecasterConfig
 Config = Mapping[str, TaskConfig]  # every hyper-parameter of the experiment, by task
 DEFAULT: Config = {"classifier": ClassifierConfig(), "predictor": PredictorConfig(), "forecaster": ForecasterConfig()}
 QUICK: Config = {
@@ -182,7 +186,6 @@ QUICK: Config = {
     "predictor": PredictorConfig(n_words=1500, training=Training(epochs=2)),
     "forecaster": ForecasterConfig(n_steps=1100, hidden_dim=16, training=Training(epochs=2)),
 }
-
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of --tune: the middle four are its grid, the ends are tried on demand
 
 # ======================================================================================
@@ -217,7 +220,8 @@ class SequenceDataset(Dataset):
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.targets[index]
+        inputs, targets = self.__getitems__([index])
+        return inputs[0], targets[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A batch by one indexing operation, cut to the longest of its examples; torch's DataLoader calls this."""
@@ -260,10 +264,6 @@ class SeriesDataset(SequenceDataset):
     def __init__(self, values: Sequence[float], window: int, stride: int = 1, device: torch.device = CPU):
         rows = torch.as_tensor(values, dtype=torch.float32, device=device).unfold(0, window + 1, stride)  # (N, T + 1)
         super().__init__(rows[:, :-1, None], rows[:, -1:], torch.tensor(window).expand(len(rows)))
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        windows, targets = self.__getitems__([index])
-        return windows[0], targets[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         windows, targets = super().__getitems__(indices)
@@ -353,8 +353,8 @@ class Reviews:
     """Labelled texts and, where they were generated, the evidence that the generator put into each."""
 
     texts: Sequence[str]
-    labels: np.ndarray  # (N,): 0 or 1
-    names: tuple[str, str] = ("negative", "positive")  # of the labels 0 and 1
+    labels: np.ndarray  # (N,): 0 to K - 1
+    names: Sequence[str] = ("negative", "positive")  # of the K labels
     log_odds: np.ndarray | None = None  # (N,) of positive against negative, given all that depends on the label
     praised: np.ndarray | None = None  # (N,): the closing verdict is positive
 
@@ -465,42 +465,6 @@ def peaked(words: Sequence[str], favourite: int, rate: float, share: float = 1.0
     return {words[favourite]: share * rate} | others
 
 
-class Grammar:
-    """Nouns and verbs of every area in singular and plural; the grammar of `generate_corpus`."""
-
-    def __init__(self):
-        self.subjects, self.verbs, self.objects = {}, {}, {}
-        for area, words in AREAS.items():
-            subjects, verbs, self.objects[area] = (part.split() for part in words.split("/"))
-            for number, noun_end, verb_end in (("singular", "", "s"), ("plural", "s", "")):
-                self.verbs[area, number] = [verb.removesuffix("s") + verb_end for verb in verbs]
-                self.subjects |= {noun + noun_end: (area, number, i) for i, noun in enumerate(subjects)}
-
-    def add_sentence(self, text: Transcript, favourite_rate: float) -> None:
-        """Add one sentence to `text`."""
-        text.draw({"the": 1.0})
-        area, number, rank = self.subjects[text.draw(even(list(self.subjects)))]
-        subject = len(text.words) - 1
-        verbs = self.verbs[area, number]
-        intruders = even([noun for noun, (other, _, _) in self.subjects.items() if other != area])
-        word, phrases = "", 0
-        while word not in verbs:  # up to two phrases or one adverb before it come between subject and verb
-            verb_share = 1.0 if word in ADVERBS else VERB_SHARES[phrases]
-            options = peaked(verbs, rank % len(verbs), favourite_rate, verb_share)
-            options |= even(PREPOSITIONS, 0.85 * (1 - verb_share)) | even(ADVERBS, 0.15 * (1 - verb_share))
-            word = text.draw(options)
-            if word in PREPOSITIONS:
-                text.draw({"the": 1.0})
-                text.draw(intruders)
-                phrases += 1
-        text.cues[-1] = "verb", len(text.words) - 1 - subject
-        text.draw({"the": 1.0})
-        text.draw(peaked(self.objects[area], rank, favourite_rate))
-        text.cues[-1] = "object", len(text.words) - 1 - subject
-        if text.draw({".": 0.6} | even(TAILS, 0.4)) != ".":
-            text.draw({".": 1.0})
-
-
 def generate_corpus(config: PredictorConfig, rng: np.random.Generator) -> Transcript:
     """Sentences of a small grammar in which verb and object depend on a subject some words back.
 
@@ -512,9 +476,33 @@ def generate_corpus(config: PredictorConfig, rng: np.random.Generator) -> Transc
     Why the models differ: whoever keeps the subject across the intruding nouns predicts verb and object;
     whoever goes by the last few words, as n-grams must, takes the intruder for the subject.
     """
-    grammar, text = Grammar(), Transcript(rng)
+    text, subjects, verbs, objects = Transcript(rng), {}, {}, {}
+    for area, words in AREAS.items():  # nouns and verbs in singular and plural
+        nouns, stems, objects[area] = (part.split() for part in words.split("/"))
+        for number, noun_end, verb_end in (("singular", "", "s"), ("plural", "s", "")):
+            verbs[area, number] = [stem.removesuffix("s") + verb_end for stem in stems]
+            subjects |= {noun + noun_end: (area, number, i) for i, noun in enumerate(nouns)}
     while len(text.words) < config.n_words:
-        grammar.add_sentence(text, config.favourite_rate)
+        text.draw({"the": 1.0})
+        area, number, rank = subjects[text.draw(even(list(subjects)))]
+        subject, own_verbs = len(text.words) - 1, verbs[area, number]
+        intruders = even([noun for noun, (other, _, _) in subjects.items() if other != area])
+        word, phrases = "", 0
+        while word not in own_verbs:  # up to two phrases or one adverb before it come between subject and verb
+            verb_share = 1.0 if word in ADVERBS else VERB_SHARES[phrases]
+            options = peaked(own_verbs, rank % len(own_verbs), config.favourite_rate, verb_share)
+            options |= even(PREPOSITIONS, 0.85 * (1 - verb_share)) | even(ADVERBS, 0.15 * (1 - verb_share))
+            word = text.draw(options)
+            if word in PREPOSITIONS:
+                text.draw({"the": 1.0})
+                text.draw(intruders)
+                phrases += 1
+        text.cues[-1] = "verb", len(text.words) - 1 - subject
+        text.draw({"the": 1.0})
+        text.draw(peaked(objects[area], rank, config.favourite_rate))
+        text.cues[-1] = "object", len(text.words) - 1 - subject
+        if text.draw({".": 0.6} | even(TAILS, 0.4)) != ".":
+            text.draw({".": 1.0})
     return text
 
 
@@ -559,12 +547,17 @@ def best_forecasts(windows: np.ndarray, config: ForecasterConfig) -> np.ndarray:
 # Your own data
 # ======================================================================================
 
+TEXT_COLUMNS = ("text", "review", "sentence", "comment")  # the usual names, in lower case
+LABEL_COLUMNS = ("label", "sentiment", "class", "rating", "stars")
+
 
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, unpacked if its name ends in .gz; raises InputError."""
     try:
         content = Path(path).read_bytes()
         content = gzip.decompress(content) if str(path).endswith(".gz") else content
+        if content.startswith(b"PK\3\4"):
+            raise InputError(f"{path}: an .xlsx or other packed file, not text; save the sheet as CSV (UTF-8)")
         text = content.decode("utf-8-sig")  # with or without a byte order mark
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
@@ -577,74 +570,128 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def user_file(path: str, column: str = "") -> UserFile:
-    """The file as a configuration names it; raises InputError."""
+def read_source(source: str) -> str:
+    """The input of --predict: standard input for "-", the text of a file, or else the words themselves; InputError."""
+    if source == "-":
+        return sys.stdin.buffer.read().decode(errors="replace")
+    if os.path.exists(source):  # noqa: PTH110 (Path's raises if a text is too long for a name)
+        return read_text(source)
+    if re.search(r"\.(txt|[ct]sv|xlsx?|gz)$", source):
+        raise InputError(f"{source}: no such file")
+    return source
+
+
+def warn(doubts: Iterable[str]) -> None:
+    """Say, a line each, what the user should know before relying on the numbers."""
+    for doubt in doubts:
+        print(f"note: {doubt}", file=sys.stderr)
+
+
+def user_file(path: str, columns: Sequence[str] = ()) -> UserFile:
+    """The file as a configuration names it, with the columns that the user named; raises InputError."""
     if Path(path).exists() and not Path(path).is_file():  # a pipe could not be read again by every run
         raise InputError(f"{path!r}: not a regular file; a run needs one that can be read again")
-    return UserFile(path, hashlib.sha256(read_text(path).encode()).hexdigest(), column)
+    return UserFile(path, hashlib.sha256(read_text(path).encode()).hexdigest(), tuple(columns))
 
 
-def read_table(text: str) -> pd.DataFrame:
-    """The cells of a CSV text as strings, its header among them; row i of the file has the label i. InputError."""
+def some(values: Iterable) -> str:
+    """At most ten of the values, for a message."""
+    values = [*map(str, values)]
+    return ", ".join(values[:10]) + f", ... ({len(values)} in all)" * (len(values) > 10)
+
+
+def read_table(text: str) -> tuple[pd.DataFrame, str]:
+    """The cells of a CSV text as strings, its header among them, and how it names its separator; raises InputError.
+
+    Row i of the file has the label i.
+    """
     blank = text[: len(text) - len(text.lstrip("\r\n"))].count("\n")  # lines before the first
-    text = text.strip("\r\n")
-    separator = max(",;\t", key=text.partition("\n")[0].count)  # whichever the first line holds most of
+    text, names = text.strip("\r\n"), {",": "commas", ";": "semicolons", "\t": "tabs"}
+    separator = max(names, key=text.partition("\n")[0].count)  # whichever the first line holds most of
     as_it_stands = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}  # a gap is blank
     try:
         table = pd.read_csv(io.StringIO(text), sep=separator, **as_it_stands)
     except ValueError as error:
-        raise InputError(f"not a table ({' '.join(str(error).split())})") from error
+        raise InputError(f"not a table of {names[separator]} ({' '.join(str(error).split())})") from error
     table.index += 1 + blank
-    return table.apply(lambda cells: cells.str.strip())
+    return table.apply(lambda cells: cells.str.strip()), names[separator]
 
 
-def read_reviews(text: str) -> Reviews:
-    """The reviews of a CSV text with the columns `text` and `label`; raises InputError."""
-    table = read_table(text)
+def find_column(header: Sequence[str], named: str, usual: Sequence[str], option: str) -> int:
+    """The place of the column that the user named, or else of the one with a usual name; raises InputError."""
+    found = [i for i, name in enumerate(header) if (name == named if named else name.lower() in usual)]
+    if len(found) != 1:
+        none = f"there is no column {(named or usual[0])!r}; its columns are {some(header)}"
+        many = f"{len(found)} columns, {some(header[i] for i in found)}, may be meant"
+        raise InputError(f"{many if found else none}; name one with --{option}-column")
+    return found[0]
+
+
+def read_reviews(text: str, text_column: str = "", label_column: str = "") -> Reviews:
+    """The reviews of a CSV text with a column of texts and one of two or more labels; raises InputError.
+
+    Of two labels the second counts as positive, in alphabetical or numerical order: 1 after 0, pos after neg.
+    """
+    table, _ = read_table(text)
     header, rows = table.iloc[0].tolist(), table.iloc[1:]
-    for column in ("text", "label"):
-        if column not in header:
-            raise InputError(f"there is no column '{column}'; its columns are {', '.join(header)}")
     rows = rows[(rows != "").any(axis=1)]  # without blank lines
-    texts, labels = rows[header.index("text")], rows[header.index("label")]
+    texts = rows[find_column(header, text_column, TEXT_COLUMNS, "text")]
+    labels = rows[place := find_column(header, label_column, LABEL_COLUMNS, "label")]
     for row in labels.index[labels == ""]:  # the first will do
         raise InputError(f"row {row} holds no label")
-    names = sorted(set(labels))  # the second in the alphabet counts as positive: 1 after 0, pos after neg
-    if len(names) != 2:
-        some = ", ".join(map(repr, names[:5])) + ", ..." * (len(names) > 5)
-        raise InputError(f"the column 'label' holds {len(names)} different values ({some}); two are needed")
-    return Reviews(texts.tolist(), (labels == names[1]).to_numpy(dtype=int), tuple(names))
+    numbers = pd.to_numeric(labels, errors="coerce")
+    if numbers.notna().all():  # 1.0 is 1
+        labels = numbers.map("{:g}".format)
+    elif labels.str.lower().nunique() < labels.nunique():  # Positive is positive
+        labels = labels.str.lower()
+    names = sorted(set(labels), key=float if numbers.notna().all() else str)
+    if not 2 <= len(names) <= 20:
+        found = f"{len(names)} different values ({some(map(repr, names))})"
+        raise InputError(f"the column {header[place]!r} holds {found}; two to 20 labels are needed")
+    return Reviews(texts.tolist(), labels.map(names.index).to_numpy(dtype=int), names)
 
 
-def read_series(text: str, column: str = "") -> np.ndarray:
-    """The values (N,) of one column of a CSV text, the only numeric one if none is named; raises InputError.
+def read_series(text: str, column: str = "") -> tuple[np.ndarray, list[str]]:
+    """The values (N,) of one column of a CSV text, the only numeric one if none is named, and doubts; InputError.
 
     The first row is a header if it holds no number, or the column's name and another word. Without a header the
-    columns are called 1, 2, 3. A column is numeric if most of its cells are.
+    columns are called 1, 2, 3. A column is numeric if most of its cells are; where semicolons or tabs separate the
+    columns, the decimal sign may be a comma. Doubts are sentences about dates that fall and about a row of totals.
     """
-    table = read_table(text)
-    numbers, first = table.apply(pd.to_numeric, errors="coerce"), table.iloc[0].tolist()
+    table, separator = read_table(text)
+    points = table if separator == "commas" else table.replace(r"^([-+]?\d*),(\d+)$", r"\1.\2", regex=True)
+    numbers, first = points.apply(pd.to_numeric, errors="coerce"), table.iloc[0].tolist()
     named = numbers.iloc[0].isna().all() or (column in first and numbers.iloc[0].isna().any())
     header = first if named else [str(i) for i in range(1, len(first) + 1)]
     table, numbers = (frame.iloc[int(named) :].set_axis(range(len(header)), axis=1) for frame in (table, numbers))
     numeric = [name for name, share in zip(header, numbers.notna().mean()) if share > 0.5]
     if not column and len(numeric) != 1:
         found = f"{len(numeric)} numeric columns" if numeric else "no numeric column"
-        raise InputError(f"{found} among {', '.join(header)}; name one with --series-column")
-    column = column or numeric[0]
-    if column not in header:
-        raise InputError(f"there is no column '{column}'; its columns are {', '.join(header)}")
-    values, cells = numbers[header.index(column)], table[header.index(column)]
+        raise InputError(f"{found} among {some(header)} (separated by {separator}); name one with --series-column")
+    place = find_column(header, column or numeric[0], (), "series")
+    doubts = []
+    for cells in (table[i] for i in table if i != place):
+        with np.errstate(all="ignore"):
+            dates = [pd.to_datetime(cells, errors="coerce", format="mixed", dayfirst=first) for first in (False, True)]
+        falls = [date.index[date.diff() < pd.Timedelta(0)] for date in dates if date.notna().mean() > 0.9]
+        if falls and all(map(len, falls)):
+            doubts.append(f"the dates fall at row {falls[0][0]}; a series must be in order of time")
+    last = [cell for cell in table.iloc[-1] if re.match(r"(grand )?(total|sum|mean|average)\b", cell.lower())]
+    doubts += [f"the last row says {cell!r}; leave it out if it is no value of the series" for cell in last]
+    values, cells = numbers[place], table[place]
     for row, cell in cells[~np.isfinite(values)].items():  # the first will do
         missing = cell.lower() in ("", "na", "nan", "null", "none")
         found = "no value" if missing else f"{cell[:40]!r}, which is not a finite number"
-        raise InputError(f"row {row} holds {found} in the column '{column}'")
-    return values.to_numpy(dtype=float, copy=True)
+        raise InputError(f"row {row} holds {found} in the column {header[place]!r}")
+    return values.to_numpy(dtype=float, copy=True), doubts
 
 
 # ======================================================================================
 # Baselines
 # ======================================================================================
+
+
+MAJORITY = "majority class"
 
 
 @dataclass(frozen=True)
@@ -657,21 +704,22 @@ class Reference:
     score: np.ndarray
 
 
-def binary_reference(name: str, kind: str, log_odds: np.ndarray, labels: np.ndarray) -> Reference:
-    """The reference that predicts `labels` (N,) with `log_odds` (N,): cross-entropy and hits."""
-    loss = np.logaddexp(0, np.where(labels > 0.5, -log_odds, log_odds))
-    return Reference(name, kind, loss, ((log_odds > 0) == (labels > 0.5)).astype(float))
+def label_reference(name: str, kind: str, logits: np.ndarray, labels: np.ndarray) -> Reference:
+    """The reference that predicts `labels` (N,) with `logits` (N, K): cross-entropy and hits."""
+    loss = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
+    return Reference(name, kind, loss, (logits.argmax(axis=1) == labels).astype(float))
 
 
 def review_baselines(train: ReviewDataset, test: ReviewDataset, vocab_size: int) -> list[Reference]:
     """The majority class, and multinomial add-one naive Bayes (Manning, Raghavan & Schuetze 2008, ch. 13)."""
-    ids, labels, truth = (t.cpu().numpy() for t in (train.inputs, train.targets[:, 0], test.targets[:, 0]))
-    prior = math.log((labels.sum() + 1) / (len(labels) - labels.sum() + 1))  # log odds of label 1
-    counts = np.stack([np.bincount(ids[labels == y].ravel(), minlength=vocab_size) for y in (0, 1)])[:, 1:] + 1.0
-    weights = np.diff(np.log(counts / counts.sum(axis=1, keepdims=True)), axis=0)[0]
-    evidence = np.concatenate([[0.0], weights])[test.inputs.cpu().numpy()].sum(axis=1)  # padding weighs nothing
-    majority = binary_reference("majority class", "baseline", np.full(len(truth), prior), truth)
-    return [majority, binary_reference("naive Bayes", "baseline", prior + evidence, truth)]
+    ids, tested = train.inputs.cpu().numpy(), test.inputs.cpu().numpy()
+    labels, truth = (dataset.targets[:, 0].long().cpu().numpy() for dataset in (train, test))
+    prior = np.log(np.bincount(labels, minlength=max(2, truth.max() + 1)) + 1)  # of each label
+    counts = [np.bincount(ids[labels == label].ravel(), minlength=vocab_size)[1:] + 1.0 for label in range(len(prior))]
+    weights = [np.append(0.0, np.log(count / count.sum())) for count in counts]  # padding weighs nothing
+    evidence = np.stack([weight[tested].sum(axis=1) for weight in weights], axis=1)  # (N, K)
+    majority = label_reference(MAJORITY, "baseline", np.tile(prior, (len(truth), 1)), truth)
+    return [majority, label_reference("naive Bayes", "baseline", prior + evidence, truth)]
 
 
 class NGram:
@@ -713,28 +761,31 @@ def corpus_baselines(train: Sequence[int], test: CorpusDataset, vocab_size: int)
     return found
 
 
-def season_of(train: SeriesDataset) -> int:
-    """The lag within the window, from two steps on, of the best autocorrelation in the training part."""
+def season_of(train: SeriesDataset) -> int | None:
+    """The lag within the window at which the training part's autocorrelation has its highest peak; None without any.
+
+    A peak is above both neighbours, so that a smooth series has no season of two steps, and above chance.
+    """
     rows, targets = train.inputs[:, :, 0].cpu().numpy(), train.targets[:, 0].cpu().numpy()
-    lags = range(2, rows.shape[1] + 1)
     with np.errstate(divide="ignore", invalid="ignore"):  # a stretch may be constant
-        correlations = [np.corrcoef(rows[:, -lag], targets)[0, 1] for lag in lags]
-    return lags[int(np.argmax(np.nan_to_num(correlations, nan=-1.0)))]
+        correlations = [np.corrcoef(rows[:, -lag], targets)[0, 1] for lag in range(1, rows.shape[1] + 1)]
+    r = np.nan_to_num(correlations, nan=-1.0)
+    above = [max(r[i - 1], r[i + 1]) + 0.001 for i in range(1, len(r) - 1)]  # beyond rounding
+    peaks = [i for i, least in enumerate(above, start=1) if r[i] > max(least, 2 / math.sqrt(len(targets)))]
+    return 1 + max(peaks, key=lambda i: r[i]) if peaks else None
 
 
 def series_baselines(train: SeriesDataset, test: SeriesDataset) -> list[Reference]:
     """Persistence, the value a season ago, and least squares with an intercept on about `MOST_WINDOWS` windows."""
+    season = season_of(train)
     step, windows = math.ceil(len(train) / MOST_WINDOWS), test.inputs[:, :, 0].cpu()
     design = F.pad(train.inputs[:, :, 0].cpu()[::step].double(), (0, 1), value=1.0)  # (N, T) -> (N, T + 1)
     targets = train.targets.cpu()[::step].double()
     # in torch, on one thread: NumPy's last digits depend on the number of its threads; gelsd takes any rank
     weights = torch.linalg.lstsq(design, targets, driver="gelsd").solution[:, 0]
     chunks = windows.split(MOST_WINDOWS)  # in pieces: windows are views, their products are not
-    forecasts = {
-        "persistence": windows[:, -1],
-        "seasonal naive": windows[:, -season_of(train)],
-        "linear autoregression": torch.cat([chunk.double() @ weights[:-1] + weights[-1] for chunk in chunks]),
-    }
+    forecasts = {"persistence": windows[:, -1]} | ({"seasonal naive": windows[:, -season]} if season else {})
+    forecasts["linear autoregression"] = torch.cat([chunk.double() @ weights[:-1] + weights[-1] for chunk in chunks])
     errors = {name: (forecast - test.targets[:, 0].cpu()).numpy() for name, forecast in forecasts.items()}
     return [Reference(name, "baseline", error**2, np.abs(error)) for name, error in errors.items()]
 
@@ -803,10 +854,16 @@ class SequenceModel(nn.Module):
         return {word: i for i, word in enumerate(words)}
 
 
-class Classifier(SequenceModel):
-    """Embedding -> recurrent layer -> dropout -> dense -> sigmoid.
+def label_probabilities(output: Tensor) -> Tensor:
+    """The probability of each label, from a classifier's output: (B, 1), that of the second of two, or (B, K)."""
+    return torch.cat([1 - output, output], dim=1) if output.shape[1] == 1 else output
 
-    Ids (B, T) long, padded on the right with 0 -> probabilities (B, output_dim), read after the last real word.
+
+class Classifier(SequenceModel):
+    """Embedding -> recurrent layer -> dropout -> dense -> sigmoid, or softmax if `output_dim` is above 1.
+
+    Ids (B, T) long, padded on the right with 0 -> probabilities (B, output_dim), read after the last real word. One
+    output is the probability of the second of two labels; of more labels each has its own.
     """
 
     def __init__(
@@ -819,7 +876,8 @@ class Classifier(SequenceModel):
         # measured: with 3 both gated cells learn to read 200 words; on the short windows of the other tasks 0 is better
         self.recurrent = Recurrent(self.layer, embed_dim, hidden_dim, n_layers, dropout, keep_bias=3.0)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Sequential(nn.Linear(hidden_dim, output_dim), nn.Sigmoid())
+        last = nn.Sigmoid() if output_dim == 1 else nn.Softmax(dim=1)
+        self.head = nn.Sequential(nn.Linear(hidden_dim, output_dim), last)
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -829,12 +887,12 @@ class Classifier(SequenceModel):
 
     @torch.no_grad()
     def predict(self, texts: str | Sequence[str]) -> list[tuple[str | None, float]]:
-        """The likelier label of each text and its probability; without any word, None and nan.
+        """The likeliest label of each text and its probability; without any word, None and nan.
 
         Words that training did not know count as one and the same unknown word. Of a text longer than the
         reviews of training the last `max_words` words are read, as in training.
         """
-        texts, (first, second) = [texts] if isinstance(texts, str) else texts, self.preprocessing["labels"]
+        texts = [texts] if isinstance(texts, str) else texts
         reviews = [tokenize(text, WORDS)[-self.preprocessing["max_words"] :] for text in texts]
         self.eval()
         predictions = [(None, math.nan)] * len(reviews)
@@ -842,12 +900,18 @@ class Classifier(SequenceModel):
         for start in range(0, len(with_words), 256):
             rows = with_words[start : start + 256]
             ids = ReviewDataset([encode(reviews[i], self.vocabulary) for i in rows], [0] * len(rows)).inputs
-            for i, p in zip(rows, self(ids)[:, 0].tolist()):
-                predictions[i] = (second, p) if p > 0.5 else (first, 1 - p)
+            for i, p in zip(rows, label_probabilities(self(ids)).tolist()):
+                predictions[i] = max(zip(self.preprocessing["labels"], p, strict=True), key=lambda pair: pair[1])
         return predictions
 
-    def describe(self, text: str, options: argparse.Namespace) -> str:  # a line of text at a time
-        predictions = self.predict(list(io.StringIO(text)) or [""])
+    def describe(self, source: str, options: argparse.Namespace) -> str:
+        """Label and probability of each line; of a CSV file, a CSV with them beside each text."""
+        if re.search(r"\.[ct]sv(\.gz)?$", source):
+            table, _ = read_table(read_source(source))
+            texts = table.iloc[1:, find_column(table.iloc[0].tolist(), options.text_column, TEXT_COLUMNS, "text")]
+            found = pd.DataFrame(self.predict(texts.tolist()), columns=["label", "probability"]).round(4)
+            return found.assign(text=texts.tolist()).to_csv(index=False, na_rep="-").rstrip("\n")
+        predictions = self.predict(list(io.StringIO(read_source(source))) or [""])
         return "\n".join(f"{'-' if label is None else label}\t{probability:.4f}" for label, probability in predictions)
 
 
@@ -889,7 +953,8 @@ class Predictor(SequenceModel):
             words.append(known[torch.multinomial(scaled.softmax(dim=0), 1, generator=generator).item()])
         return re.sub(r" ([.!?])", r"\1", " ".join(words[start:]))
 
-    def describe(self, text: str, options: argparse.Namespace) -> str:
+    def describe(self, source: str, options: argparse.Namespace) -> str:
+        text = read_source(source)
         likeliest = [f"{word}\t{probability:.4f}" for word, probability in self.predict(text)]
         return "\n".join([*likeliest, "", self.continue_text(text, options.length, options.temperature, options.seed)])
 
@@ -939,9 +1004,16 @@ class Forecaster(SequenceModel):
         require(np.isfinite(forecasts).all(), "a forecast that is not finite")
         return forecasts
 
-    def describe(self, text: str, options: argparse.Namespace) -> str:
-        values = self.predict(read_series(text, options.series_column or ""), options.length)
-        return "\n".join(["step,value", *(f"{step},{value}" for step, value in enumerate(values, start=1))])
+    def describe(self, source: str, options: argparse.Namespace) -> str:
+        values, doubts = read_series(read_source(source), options.series_column)
+        low, high = self.preprocessing["scaler"]["range"]
+        read = values[-self.preprocessing["window"] :]
+        if read.min() < low - (high - low) / 2 or read.max() > high + (high - low) / 2:
+            beyond = f"the last values lie between {read.min():g} and {read.max():g}"
+            doubts.append(f"{beyond}, far from those of training ({low:g} to {high:g}): is it a series of that kind?")
+        warn(doubts)
+        forecasts = enumerate(self.predict(values, options.length), start=1)
+        return "\n".join(["step,value", *(f"{step},{value}" for step, value in forecasts)])
 
 
 class RNNClassifier(Classifier, layer=nn.RNN):
@@ -1011,7 +1083,7 @@ def describe_layers(model: nn.Module, inputs: Tensor) -> list[dict]:
 
 CONTRADICTS, AGREES = "ending contradicts the label", "ending agrees with the label"  # subsets of the test examples
 FAR = "cue 5 or more words back"
-FULL_STATE = "grammar's full state"  # the ceiling of the next word
+FULL_STATE = "full state"  # of the grammar: the ceiling of the next word
 
 
 @dataclass(frozen=True)
@@ -1023,9 +1095,12 @@ class TaskData:
     test: SequenceDataset
     sizes: Mapping[str, int]  # constructor keywords of the models that the data decide
     preprocessing: Mapping[str, object]  # what turns words or values into inputs and back: goes into the checkpoint
-    facts: Mapping[str, int | float]  # for the summary
+    facts: Mapping[str, int | float]  # for the reader
     baselines: Callable[[], Sequence[Reference]]  # called once per seed, not once per model
     ceiling: Sequence[Reference]  # one, or none for a user's data
+    predictions: Callable[[Mapping[str, np.ndarray]], pd.DataFrame]  # a row per test example, from `Task.answers`
+    samples: Sequence[str]  # three training examples
+    doubts: Sequence[str] = ()  # sentences on what may mislead
     subsets: Mapping[str, np.ndarray] = field(default_factory=dict)  # name: mask (N,) of test examples
     unit: float = 1.0  # one unit of the targets, in the user's units
     offset: float = 0.0  # a target of zero, in the user's units
@@ -1035,11 +1110,18 @@ def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CP
     """Reviews without repetitions, split, encoded with the training split's vocabulary; raises InputError.
 
     Of a review longer than `max_words` the end is kept: that is where reviewers conclude, and what a recurrent
-    layer, which reads it last, remembers best.
+    layer, which reads it last, remembers best. A file's reviews are shuffled and then dealt out so that each split
+    has its share of every label.
     """
     rng = random_generator(seed, "reviews")
-    reviews = read_reviews(read_text(config.file.path)) if config.file else generate_reviews(config, rng)
-    order = rng.permutation(len(reviews.texts)) if config.file else range(len(reviews.texts))  # a file may be sorted
+    if config.file:
+        reviews = read_reviews(read_text(config.file.path), *config.file.columns)
+        order = pd.Series(reviews.labels)[rng.permutation(len(reviews.labels))]
+        by_label = order.groupby(order)  # the i-th of n examples of a label comes at (i + 0.5) / n of the way
+        order = ((by_label.cumcount() + 0.5) / by_label.transform("size")).sort_values(kind="stable").index
+    else:
+        reviews = generate_reviews(config, rng)
+        order = range(len(reviews.texts))
     words, first = [tokenize(text, WORDS) for text in reviews.texts], {}
     for i in order:  # of each wording the first review: repetitions would cross the splits
         first.setdefault(tuple(words[i]), i)
@@ -1050,19 +1132,29 @@ def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CP
     ids = [encode(review, vocabulary) for review in words]
     train, validation, test = (ReviewDataset(ids[part], labels[part], device) for part in parts)
     facts = {"reviews": len(words), "left out as empty or repeated": len(reviews.texts) - len(words)}
-    facts |= {f"share {reviews.names[1]}": labels.mean(), "mean length (words)": np.mean([len(r) for r in words])}
+    facts |= {f"share {name}": np.mean(labels == label) for label, name in enumerate(reviews.names)}
+    lengths = [len(review) for review in words]
+    facts |= {"mean length (words)": np.mean(lengths), "longest": max(lengths)}
     facts |= {"distinct words": len({word for review in words for word in review}), "vocabulary": len(vocabulary)}
     facts |= {"unknown words in the test split": (test.inputs == 1).sum().item() / test.lengths.sum().item()}
     preprocessing = {"vocabulary": list(vocabulary), "labels": list(reviews.names), "max_words": config.max_words}
-    subsets, ceiling = {}, []
+    tested, truth, subsets, ceiling = np.array(keep)[parts[2]], labels[parts[2]], {}, []
     if not config.file:
-        tested, truth = np.array(keep)[parts[2]], labels[parts[2]]
         contradicts = reviews.praised[tested] != (truth == 1)
         subsets = {CONTRADICTS: contradicts, AGREES: ~contradicts}
-        ceiling = [binary_reference("Bayes decision", "ceiling", reviews.log_odds[tested], truth)]
-    sizes = {"vocab_size": len(vocabulary), "output_dim": 1}
+        log_odds = np.stack([np.zeros(len(tested)), reviews.log_odds[tested]], axis=1)
+        ceiling = [label_reference("Bayes decision", "ceiling", log_odds, truth)]
+    sizes = {"vocab_size": len(vocabulary), "output_dim": len(reviews.names) if len(reviews.names) > 2 else 1}
+
+    def predictions(answers: Mapping[str, np.ndarray]) -> pd.DataFrame:
+        names = np.array(reviews.names)
+        found = {"text": [reviews.texts[i] for i in tested], "truth": names[truth]}
+        return pd.DataFrame(found | {"answer": names[answers["answer"]], "probability": answers["probability"]})
+
     baselines = partial(review_baselines, train, test, len(vocabulary))
-    return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, subsets)
+    samples = [f"{reviews.names[reviews.labels[i]]}: {reviews.texts[i]}" for i in keep[:3]]
+    more = {"predictions": predictions, "samples": samples, "subsets": subsets}
+    return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
 
 
 def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU) -> TaskData:
@@ -1082,47 +1174,89 @@ def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU)
     facts |= {"test windows": len(test), "unknown words in the test split": (test.targets == 1).float().mean().item()}
     facts |= {"test windows that also occur in training": np.mean([tuple(w) in seen for w in test.inputs.tolist()])}
     subsets, ceiling = {}, []
+    targets = slice(parts[2].start + config.window, None, test.stride)  # the words that the test windows ask for
     if text:
-        targets = slice(parts[2].start + config.window, None, test.stride)  # the words that the test windows ask for
         roles, distances = map(np.array, zip(*text.cues[targets]))
         for role, distance in sorted({*text.cues[targets]} - {("", 0)}):
             subsets[f"{role} {distance} words after its subject"] = (roles == role) & (distances == distance)
         subsets[FAR] = distances >= 5
         entropy, hits = np.array(text.entropy[targets]), np.array(text.hits[targets], dtype=float)
         ceiling = [Reference(FULL_STATE, "ceiling", entropy, hits)]
+
+    def predictions(answers: Mapping[str, np.ndarray]) -> pd.DataFrame:
+        places = range(parts[2].start, len(words), test.stride)
+        found = {"text": [" ".join(words[i : i + config.window]) for i, _ in zip(places, answers["answer"])]}
+        found |= {"truth": words[targets], "answer": np.array(list(vocabulary))[answers["answer"]]}
+        return pd.DataFrame(found | {"probability": answers["probability"]})
+
     preprocessing, sizes = {"vocabulary": list(vocabulary), "window": config.window}, {"vocab_size": len(vocabulary)}
     baselines = partial(corpus_baselines, ids[parts[0]], test, len(vocabulary))
-    return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, subsets)
+    step = config.window + 1
+    samples = [f"{' '.join(words[i : i + step - 1])} -> {words[i + step - 1]}" for i in range(0, 3 * step, step)]
+    more = {"predictions": predictions, "samples": samples, "subsets": subsets}
+    return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
 
 
 def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU) -> TaskData:
-    """A series, cut in three, in units of how far the training part's values lie from their windows' means."""
+    """A series, cut in three, in units of how far the training part's values lie from their windows' means.
+
+    Of a short series the windows are a tenth at most, so that each part holds some; raises InputError.
+    """
     if config.file:
-        values = read_series(read_text(config.file.path), config.file.column)
+        values, doubts = read_series(read_text(config.file.path), *config.file.columns)
     else:
-        values = generate_series(config, random_generator(seed, "series"))
-    parts = three_parts(len(values), 8 * (config.window + 1), "values")  # cut before windowing: none straddles a cut
+        values, doubts = generate_series(config, random_generator(seed, "series")), []
+    window = max(4, min(config.window, len(values) // 10))
+    parts = three_parts(len(values), 48, "values")  # cut before windowing: none straddles a cut
+    train_values, test_values = values[parts[0]], values[parts[2]]
     # the unit: how far the values of training windows, and the next ones, lie from their windows' means
-    windows = torch.as_tensor(values[parts[0]]).unfold(0, config.window + 1, 1)[
-        :: math.ceil(len(values) / MOST_WINDOWS)
-    ]
+    windows = torch.as_tensor(train_values).unfold(0, window + 1, 1)[:: math.ceil(len(values) / MOST_WINDOWS)]
     spread = (windows - windows[:, :-1].mean(dim=1, keepdim=True)).square().mean().sqrt()
     with np.errstate(over="ignore", invalid="ignore"):  # said in one line below
-        mean, std = float(values[parts[0]].mean()), float(spread)
+        mean, std = float(train_values.mean()), float(spread)
     if not 0 < std < math.inf:
         raise InputError(f"constant over its first {TRAIN_SHARE:.0%}, the training part, or too large")
-    every, validation, test = (SeriesDataset((values[part] - mean) / std, config.window, 1, device) for part in parts)
+    every, validation, test = (SeriesDataset((values[part] - mean) / std, window, 1, device) for part in parts)
     stride = min(config.stride, math.ceil(len(every) / 1000))  # a short series has no window to spare
-    train = SeriesDataset((values[parts[0]] - mean) / std, config.window, stride, device)
+    train = SeriesDataset((train_values - mean) / std, window, stride, device)
     ceiling = []
     if not config.file:
         best = best_forecasts(test.inputs[:, :, 0].cpu().double().numpy() * std + mean, config)
         errors = (best - mean) / std - test.targets[:, 0].cpu().numpy()
         ceiling = [Reference("exact filter", "ceiling", errors**2, np.abs(errors))]
-    preprocessing = {"scaler": {"mean": mean, "std": std}, "window": config.window}
-    facts, sizes = {"steps": len(values), "season (steps)": season_of(every)}, {"input_dim": 1, "output_dim": 1}
+    low, high = float(train_values.min()), float(train_values.max())
+    beyond = np.mean((test_values < low) | (test_values > high))
+    if beyond > 0.1:
+        where = f"{beyond:.0%} of the test part's values lie outside those of the training part ({low:g} to {high:g})"
+        doubts.append(f"{where}: what was learnt may not hold there; look at the baselines, try its differences")
+    if window < config.window:
+        doubts.append(f"{len(values):,} values are few: windows of {window} steps in place of {config.window}")
+    season = season_of(every)
+    facts = {"steps": len(values), "least": values.min(), "largest": values.max(), "window (steps)": window}
+    facts |= {"season (steps)": season} if season else {}
+
+    def predictions(answers: Mapping[str, np.ndarray]) -> pd.DataFrame:
+        shown = np.lib.stride_tricks.sliding_window_view(test_values, window)[:-1]
+        forecasts = shown[:, -1] + std * answers["answer"]
+        found = {"window": [" ".join(f"{value:.5g}" for value in row) for row in shown], "truth": test_values[window:]}
+        return pd.DataFrame(found | {"answer": forecasts, "error": forecasts - test_values[window:]})
+
+    preprocessing = {"scaler": {"mean": mean, "std": std, "range": [low, high]}, "window": window}
     baselines = partial(series_baselines, every, test)
-    return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, unit=std, offset=mean)
+    samples = [" ".join(f"{value:.4g}" for value in train_values[i : i + 12]) + " ..." for i in (0, window, 2 * window)]
+    more = {"predictions": predictions, "samples": samples, "doubts": doubts, "unit": std, "offset": mean}
+    sizes = {"input_dim": 1, "output_dim": 1}
+    return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """A number as people write it, to so many digits: 110, not 1.1e+02."""
+    return f"{value:.{decimals(value, digits)}f}" if math.isfinite(value) else str(value)
+
+
+def decimals(value: float, digits: int) -> int:
+    """How many places after the point show so many digits of a number."""
+    return max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 0
 
 
 @dataclass(frozen=True)
@@ -1132,15 +1266,21 @@ class Metric:
     name: str
     label: str  # for axes
     source: str  # "loss" or "score"
-    format: str = ".3f"  # how its values are printed
     unit_power: int = 0  # the mean is multiplied by (one unit of the targets) ** unit_power
     transform: Callable[[float], float] = float  # of the mean
     higher_is_better: bool = False
+    is_share: bool = False  # shown in per cent
+
+    def show(self, mean: float, std: float = math.nan) -> str:
+        """'76.1 % ± 1.2': a mean with its standard deviation, if there is one worth showing."""
+        digits = 4 if self.unit_power else 3
+        number = f"{100 * mean:.1f} %" if self.is_share else plain(mean, digits)
+        spread = f"{100 * std:.1f}" if self.is_share else f"{std:.{decimals(mean, digits)}f}"
+        return number if not std > 1e-9 * abs(mean) or not float(spread) else f"{number} ± {spread}"
 
     def difference(self, value: float) -> str:
-        """A difference as a person reads it: shares in points of a hundred, the rest to two or three digits."""
-        small = ".2g" if self.format.endswith("g") else ".3f"
-        return f"{100 * value:.1f}" if self.format.endswith("%") else format(value, small)
+        """A difference as a person reads it: shares in points of a hundred, the rest to two digits."""
+        return f"{100 * value:.1f}" if self.is_share else plain(value, 2)
 
 
 @dataclass(frozen=True)
@@ -1155,6 +1295,7 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]  # (output, target) -> (B,); its mean is minimised
     score: Callable[[Tensor, Tensor], Tensor]  # (output, target) -> (B,); reported beside the loss
     metrics: Sequence[Metric]  # the first is the one that the models are judged by
+    answers: Mapping[str, Callable[[Tensor, Tensor], Tensor]]  # (output, target) -> (B,): what a reader asks for
     file_option: str  # the option that names a user's file
     hard_subset: str = ""  # of the test examples: those that need memory
 
@@ -1170,14 +1311,26 @@ def per_example(loss: Callable[..., Tensor], output: Tensor, target: Tensor) -> 
     return loss(output, target, reduction="none").reshape(len(target), -1).mean(dim=1)
 
 
-def binary_hits(output: Tensor, target: Tensor) -> Tensor:
-    """1 where probability and label (B, 1) are on the same side of one half: (B,)."""
-    return ((output > 0.5) == (target > 0.5)).float().mean(dim=1)
+def label_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of a classifier's output (B, 1) or (B, K) with labels (B, 1): (B,)."""
+    if output.shape[1] == 1:
+        return per_example(F.binary_cross_entropy, output, target)
+    return F.nll_loss(output.clamp_min(1e-30).log(), target[:, 0].long(), reduction="none")
+
+
+def label_hits(output: Tensor, target: Tensor) -> Tensor:
+    """1 where the likeliest label is the right one (B, 1): (B,)."""
+    return (label_probabilities(output).argmax(dim=1) == target[:, 0]).float()
+
+
+def likeliest_word(output: Tensor, _target: Tensor) -> Tensor:
+    """The likeliest word of logits (B, V), <pad> and <unk> left out: (B,)."""
+    return output[:, 2:].argmax(dim=1) + 2
 
 
 def likeliest_hits(output: Tensor, target: Tensor) -> Tensor:
-    """1 where the likeliest word of logits (B, V), <pad> and <unk> left out, is the target (B,): (B,)."""
-    return (output[:, 2:].argmax(dim=1) + 2 == target).float()
+    """1 where the likeliest word of logits (B, V) is the target (B,): (B,)."""
+    return (likeliest_word(output, target) == target).float()
 
 
 def perplexity(loss: float) -> float:
@@ -1185,10 +1338,11 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-PERPLEXITY = Metric("perplexity", "perplexity", "loss", ".2f", transform=perplexity)
-MSE = Metric("mse", "MSE (series units²)", "loss", "#.4g", unit_power=2)
-MAE = Metric("mae", "MAE (series units)", "score", "#.4g", unit_power=1)
-ACCURACY = Metric("accuracy", "accuracy", "score", ".1%", higher_is_better=True)
+ACCURACY = Metric("accuracy", "accuracy", "score", higher_is_better=True, is_share=True)
+CROSS_ENTROPY = Metric("loss", "cross-entropy (nats)", "loss")
+PERPLEXITY = Metric("perplexity", "perplexity", "loss", transform=perplexity)
+MSE = Metric("mse", "MSE (series units²)", "loss", unit_power=2)
+MAE = Metric("mae", "MAE (series units)", "score", unit_power=1)
 
 CLASSIFIER = Task(
     name="classifier",
@@ -1197,9 +1351,13 @@ CLASSIFIER = Task(
     "verdict at its end often misleads.",
     models={"RNN": RNNClassifier, "LSTM": LSTMClassifier, "GRU": GRUClassifier},
     build_data=build_reviews,
-    loss=partial(per_example, F.binary_cross_entropy),
-    score=binary_hits,
-    metrics=(ACCURACY, Metric("loss", "binary cross-entropy (nats)", "loss")),
+    loss=label_loss,
+    score=label_hits,
+    metrics=(ACCURACY, CROSS_ENTROPY),
+    answers={
+        "answer": lambda output, _: label_probabilities(output).argmax(dim=1),
+        "probability": lambda output, _: label_probabilities(output).amax(dim=1),
+    },
     file_option="reviews",
     hard_subset=CONTRADICTS,
 )
@@ -1211,7 +1369,8 @@ PREDICTOR = Task(
     build_data=build_corpus,
     loss=partial(per_example, F.cross_entropy),
     score=likeliest_hits,
-    metrics=(ACCURACY, Metric("loss", "cross-entropy (nats)", "loss"), PERPLEXITY),
+    metrics=(ACCURACY, CROSS_ENTROPY, PERPLEXITY),
+    answers={"answer": likeliest_word, "probability": lambda output, _: output.softmax(dim=1)[:, 2:].amax(dim=1)},
     file_option="corpus",
     hard_subset=FAR,
 )
@@ -1224,6 +1383,7 @@ FORECASTER = Task(
     loss=partial(per_example, F.mse_loss),
     score=partial(per_example, F.l1_loss),
     metrics=(MSE, MAE),
+    answers={"answer": lambda output, _: output[:, 0]},
     file_option="series",
 )
 TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
@@ -1303,16 +1463,19 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, dataset: SequenceDataset, batch_size: int = 512) -> dict[str, np.ndarray]:
-    """Loss and score of the model on each example of `dataset`, in its order: two arrays (N,)."""
+def evaluate(
+    model: nn.Module, task: Task, dataset: SequenceDataset, more: Mapping[str, Callable] = {}, batch_size: int = 512
+) -> dict[str, np.ndarray]:
+    """Loss and score of the model, and `more`, on each example of `dataset`, in its order: arrays (N,)."""
     model.eval()
+    measures = {"loss": task.loss, "score": task.score, **more}
     parts, order = [], dataset.lengths.argsort(stable=True)  # batches of similar length: little padding
     for rows in order.split(batch_size):
         inputs, target = dataset.__getitems__(rows)
         output = model(inputs)
-        parts.append((task.loss(output, target), task.score(output, target)))
+        parts.append([measure(output, target) for measure in measures.values()])
     places = order.argsort()
-    return {name: torch.cat(part).cpu()[places].numpy() for name, part in zip(("loss", "score"), zip(*parts))}
+    return {name: torch.cat(part).cpu()[places].numpy() for name, part in zip(measures, zip(*parts))}
 
 
 def fit(
@@ -1399,14 +1562,16 @@ def measure_costs(
 
     The models and the two loops take turns on the same `steps` batches, from short to long examples, `rounds` times,
     after a step to warm up, and the loop that begins changes every round; the medians count. The overhead is a share
-    of the bare loop next to it.
+    of the bare loop next to it. Activations are those of a full batch of the longest examples that may occur.
     """
     lengths, size = data.train.lengths, min(training.batch_size, len(data.train))
     full = [rows for rows in LengthBuckets(lengths, size, random_generator(0, "costs")) if len(rows) == size]
     full.sort(key=lambda rows: lengths[rows].max())
     batches = [full[int((i + 0.5) / steps * len(full))] for i in range(steps)]
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)
-    ready, longest = [data.train.__getitems__(rows) for rows in batches], lengths.topk(size).indices
+    ready, length = [data.train.__getitems__(rows) for rows in batches], data.preprocessing.get("max_words")
+    inputs, targets = data.train.inputs[:size], data.train.targets[:size]
+    longest = inputs.new_ones(size, length or data.preprocessing["window"], *inputs.shape[2:]), targets
     loops, times, costs = {}, defaultdict(list), {}
     for name, model in models.items():
         optimizer = new_optimizer(model, training)
@@ -1424,7 +1589,7 @@ def measure_costs(
         for prefix, seconds in (("", float(np.median(full))), ("bare_", float(np.median(bare)))):
             cost |= {f"{prefix}ms_per_step": round(1000 * seconds, 2)}
             cost |= {f"{prefix}samples_per_second": round(size / seconds)}
-        cost["activation_bytes"] = activation_bytes(model, task, data.train.__getitems__(longest))
+        cost["activation_bytes"] = activation_bytes(model, task, longest)
         costs[name] = cost | {"batches_per_epoch": math.ceil(len(data.train) / training.batch_size)}
     return costs
 
@@ -1455,17 +1620,29 @@ def forecasts(model: Forecaster, data: TaskData, shown: int = 120, horizon: int 
     found = {"truth": data.test.targets[:shown, 0], "forecast": model.roll_forward(data.test.inputs[:shown], 1)[:, 0]}
     found |= {"free_truth": truth[0], "free_forecast": free[0]}
     found = {name: (values * data.unit + data.offset).tolist() for name, values in found.items()}
-    errors = ((free - truth) ** 2).mean(dim=0) * data.unit**2
-    return found | {"free_mse": errors.tolist(), "variance": data.test.targets.var().item() * data.unit**2}
+    held = windows[:, -1]  # (O, 1): persistence forecasts the last value observed
+    found |= {
+        name: (((values - truth) ** 2).mean(dim=0) * data.unit**2).tolist()
+        for name, values in (("free_mse", free), ("persistence_mse", held))
+    }
+    return found | {"variance": data.test.targets.var().item() * data.unit**2}
 
 
-EVIDENCE = {  # task: (task, trained model, untrained model, data) -> what its record holds beside the scores
-    CLASSIFIER.name: lambda task, trained, untrained, data: {
+# task: (task, trained model, untrained model, data, predictions) -> what a record holds beside the scores
+EVIDENCE = {
+    CLASSIFIER.name: lambda task, trained, untrained, data, predictions: {
         "gradient": gradient_by_step(trained, task, data),
         "initial_gradient": gradient_by_step(untrained, task, data),
+        "labels": (labels := data.preprocessing["labels"]),
+        "confusion": [
+            [int(n) for n in row]
+            for row in pd.crosstab(predictions["truth"], predictions["answer"])
+            .reindex(index=labels, columns=labels, fill_value=0)
+            .to_numpy()
+        ],
     },
-    PREDICTOR.name: lambda task, trained, untrained, data: {},
-    FORECASTER.name: lambda task, trained, untrained, data: {"forecasts": forecasts(trained, data)},
+    PREDICTOR.name: lambda task, trained, untrained, data, predictions: {},
+    FORECASTER.name: lambda task, trained, untrained, data, predictions: {"forecasts": forecasts(trained, data)},
 }
 
 
@@ -1474,6 +1651,7 @@ EVIDENCE = {  # task: (task, trained model, untrained model, data) -> what its r
 # ======================================================================================
 
 BASELINES = "baselines"  # stands for a model where there is nothing to train
+NO_GUARD = 64  # exit status of a child that would begin everything again: the user's script has no guard
 MATCHED = "-matched"  # marks a model whose recurrent parameters match the LSTM's
 # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was page faults
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
@@ -1492,11 +1670,11 @@ class Job(NamedTuple):
         return f"{self.task} {self.model} seed {self.seed}" + (f" rate {self.learning_rate:g}" if self.tuning else "")
 
     def file(self, output_dir: Path, kind: str = "runs") -> Path:
-        """Its record, or, in "models", its checkpoint."""
+        """Its record, or, in "models" and "predictions", its checkpoint and its predictions."""
         stem = f"{self.task}_{self.model}_seed{self.seed}"
         if self.tuning:
             return output_dir / kind / "tuning" / f"{stem}_rate{self.learning_rate:g}.json"
-        return output_dir / kind / f"{stem}.{'json' if kind == 'runs' else 'pt'}"
+        return output_dir / kind / f"{stem}.{ {'runs': 'json', 'models': 'pt', 'predictions': 'csv'}[kind] }"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -1560,12 +1738,12 @@ def load_checkpoint(path: str | Path) -> SequenceModel:
         lengths = [model.preprocessing[name] for name in ("window", "max_words") if name in model.preprocessing]
         require(all(type(n) is int and n >= 1 for n in lengths), "a window or max_words that is not 1 or more")
         labels = model.preprocessing.get("labels", ["", "1"])
-        require(isinstance(labels, list) and len({*map(str, labels)}) == 2, "not two labels")
+        outputs = max(arguments.get("output_dim", 1), 2)
+        require(isinstance(labels, list) and len({*map(str, labels)}) == outputs, "labels that do not fit")
         model.eval().predict(model.sample)  # shows whether the preprocessing belongs to the model
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: not a model that this script can use ({first_line(error)[:120]})") from error
     except Exception as error:  # a foreign or damaged file can make torch stumble over anything
-        raise InputError(f"{path}: not a model that this script can use (damaged, or something else)") from error
+        why = first_line(error)[:120] if isinstance(error, (ValueError, RuntimeError)) else "damaged, or something else"
+        raise InputError(f"{path}: not a model that this script can use ({why})") from error
     return model
 
 
@@ -1583,14 +1761,16 @@ def settings(config: TaskConfig) -> dict:
     """A configuration as its record holds it; of a user's file the name and the content, not the place."""
     values = json.loads(json.dumps(asdict(config)))  # tuples are lists in a record
     del values["learning_rates"], values["training"]["learning_rate"]  # a run has its own, beside its configuration
+    del values["options"]
     if values["file"]:
         values["file"]["path"] = Path(values["file"]["path"]).name
     return values
 
 
-def read_records(output_dir: Path, config: Config, tuning: bool = False) -> list[dict]:
-    """The records in `output_dir` of runs with this configuration, by task, model and seed; baselines last."""
-    records, models = {}, [*MODEL_NAMES, *(name + MATCHED for name in MODEL_NAMES), BASELINES]
+def read_records(output_dir: Path, config: Config, tuning: bool = False) -> tuple[list[dict], set[str]]:
+    """The records in `output_dir` of runs with this configuration, by task, model and seed, baselines last; and the
+    options that lead to the other configurations that are there."""
+    records, others, models = {}, set(), [*MODEL_NAMES, *(name + MATCHED for name in MODEL_NAMES), BASELINES]
     for path in (output_dir / "runs").glob("tuning/*.json" if tuning else "*.json"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -1600,15 +1780,18 @@ def read_records(output_dir: Path, config: Config, tuning: bool = False) -> list
             require("environment" in record and ("history" in record) != ("references" in record), "nothing measured")
             if record["configuration"] == settings(config[job.task]):
                 records[order] = record
+            else:
+                others.add(record["options"])
         except (ValueError, KeyError, TypeError, OSError, RecursionError):
             print(f"{path} is not the whole record of a run of this version; it is left out", file=sys.stderr)
-    return [records[order] for order in sorted(records)]
+    return [records[order] for order in sorted(records)], others
 
 
 def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Job]:
     """Those of the runs that lack their record, or the model that belongs to it; what does not count is named."""
     tuning, rest = any(job.tuning for job in jobs), []
-    records = {job_of(record, tuning): record for record in read_records(output_dir, config, tuning)}
+    found, others = read_records(output_dir, config, tuning)
+    records = {job_of(record, tuning): record for record in found}
     for job in jobs:
         finished = job in records and (tuning or job.model == BASELINES)
         with suppress(InputError):
@@ -1622,6 +1805,7 @@ def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Jo
                 print(f"{path} or its model is damaged or of another configuration; it is done again", file=sys.stderr)
     todo, total = (sum(job.model != BASELINES for job in some) for some in (rest, jobs))
     print(f"resuming: {total - todo} of {total} runs are finished", file=sys.stderr)
+    warn(f"the folder also holds runs of: {options}" for options in sorted(others))
     return rest
 
 
@@ -1655,10 +1839,11 @@ def carry_out(
     environment["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     environment["threads"] = torch.get_num_threads()
     record = {name: getattr(job, name) for name in ("task", "model", "seed", "learning_rate")}
-    record |= {"configuration": settings(config), "environment": environment}
+    record |= {"configuration": settings(config), "options": config.options, "environment": environment}
     job.file(output_dir).unlink(missing_ok=True)  # one of another configuration must not stand beside this model
     if job.model == BASELINES:
         record["facts"] = {name: float(value) for name, value in data.facts.items()}
+        record["doubts"] = list(data.doubts)
         references = [*data.baselines(), *data.ceiling]
         record["references"] = [{"name": r.name, "kind": r.kind} | scores(r.loss, r.score) for r in references]
     else:
@@ -1673,8 +1858,12 @@ def carry_out(
             record |= {"parameters": count_parameters(model), "layers": describe_layers(model, longest)}
             record |= {"input_shape": list(longest.shape[1:])}
             # the test split is opened when the best validation weights are back: nothing is chosen by it
-            record |= scores(**evaluate(model, task, data.test)) | {"cost": costs[job.task][job.model]}
-            record["evidence"] = EVIDENCE[job.task](task, model, untrained, data)
+            found = evaluate(model, task, data.test, task.answers)
+            predictions = data.predictions(found)
+            write_whole(job.file(output_dir, "predictions"), predictions.to_csv(index=False))
+            record |= scores(found["loss"], found["score"]) | {"cost": costs[job.task][job.model]}
+            record["evidence"] = EVIDENCE[job.task](task, model, untrained, data, predictions)
+            record["examples"] = predictions.head(3).to_dict("records")
             checkpoint = {"task": job.task, "model": job.model, "arguments": arguments, "metrics": record["test"]}
             checkpoint["weights"] = {name: weight.cpu() for name, weight in model.state_dict().items()}
             checkpoint["preprocessing"] = dict(data.preprocessing)
@@ -1693,12 +1882,13 @@ class Progress:
     """
 
     def __init__(self, expected: Mapping[Job, tuple[float, int]]):
-        self.expected, self.bars, self.failures = expected, {}, {}
+        self.expected, self.bars, self.failures, self.start_time = expected, {}, {}, time.monotonic()
+        self.places, self.batches = {}, dict.fromkeys(expected, 0)  # in the order of their start; that are done
         notebook = any(parent.__module__ == "tqdm.notebook" for parent in tqdm.__mro__)
         self.bar = partial(tqdm, disable=not (notebook or sys.stderr.isatty()), leave=False, dynamic_ncols=True)
         everything = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
-        total = sum(seconds for seconds, _ in expected.values())
-        self.overall = self.bar(total=total, desc="all runs", bar_format=everything)
+        self.total = sum(seconds for seconds, _ in expected.values()) * (1 + 1e-9)  # rounding must not pass it
+        self.overall = self.bar(total=self.total, desc="all runs", bar_format=everything)
 
     def close(self) -> None:
         """Take the bars away and name the runs that failed."""
@@ -1711,19 +1901,25 @@ class Progress:
         """Show the bar of a run, in the first free line."""
         one_run = "{desc} {percentage:3.0f}%{postfix} |{bar}|"
         self.bars[job] = self.bar(total=self.expected[job][1], desc=str(job), bar_format=one_run)
+        if job.model != BASELINES:
+            self.places[job] = len(self.places) + 1
 
     def update(self, job: Job, batches: int, row: Mapping | None) -> None:
         """Show that a run has come to `batches` batches, and the row of an epoch that it has ended."""
-        bar, (seconds, total) = self.bars[job], self.expected[job]
+        bar, (seconds, total), new = self.bars[job], self.expected[job], batches - self.batches[job]
+        self.batches[job] = batches
         if row and bar.disable:
             names = dict.fromkeys(["loss", TASKS[job.task].metrics[0].name])
             values = ", ".join(f"{name} {row['train'][name]:.4g}/{row['validation'][name]:.4g}" for name in names)
-            times = f"rate {row['learning_rate']:.2g}  {row['seconds']:.1f} s"
-            print(f"{job}  epoch {row['epoch']:2d}  train/val {values}  {times}", file=sys.stderr, flush=True)
+            done = sum(self.batches[each] / n * s for each, (s, n) in self.expected.items())
+            left = (time.monotonic() - self.start_time) * (self.total / done - 1)
+            runs = sum(each.model != BASELINES for each in self.expected)
+            place = f"run {self.places[job]} of {runs}, {tqdm.format_interval(left)} left"
+            print(f"{job}  epoch {row['epoch']:2d}  train/val {values}  ({place})", file=sys.stderr, flush=True)
         elif row:
             bar.set_postfix_str(f"epoch {row['epoch']}, validation loss {row['validation']['loss']:.4f}", refresh=False)
-        self.overall.update(seconds * (batches - bar.n) / total)
-        bar.update(batches - bar.n)  # draws a few times a second at most
+        self.overall.update(seconds * new / total)
+        bar.update(new)  # draws a few times a second at most
 
     def finish(self, job: Job, failure: str | Exception) -> None:
         """Count a run as done, however early it stopped; an error that is no failure of this run alone is raised."""
@@ -1731,9 +1927,8 @@ class Progress:
             raise failure
         if failure:
             self.failures[job] = failure
-        bar, (seconds, total) = self.bars.pop(job), self.expected[job]
-        self.overall.update(seconds * (total - bar.n) / total)
-        bar.close()
+        self.update(job, self.expected[job][1], None)
+        self.bars.pop(job).close()
 
 
 def attempt(job: Job, progress: Watch, work: Callable) -> str | Exception:
@@ -1800,6 +1995,8 @@ def run_in_children(
                     process.join()
                     del running[ours]
                     batches, news = None, f"its process ended with status {process.exitcode}; killed, or out of memory?"
+                if process.exitcode == NO_GUARD:
+                    raise InputError('call main() or run() under `if __name__ == "__main__":`, or with one worker')
                 if batches is not None:
                     progress.update(job, batches, news)
                 elif job in progress.bars:
@@ -1835,10 +2032,20 @@ def signals_held() -> Iterator[None]:
 # Results
 # ======================================================================================
 
+ALL = "all"  # the subset of all test examples
+PARTS = {"embedding": "", "recurrent": "////", "head": "...."}  # of a model, each with its hatch in figures
 CSV_METRICS = ("accuracy", "loss", "mse", "mae")
 COST_COLUMNS = ["ms_per_step", "samples_per_second", "activation_bytes", "kernel"]
-PARTS = {"embedding": "", "recurrent": "////", "head": "...."}  # of a model, each with its hatch in figures
-ALL = "all"  # the subset of all test examples
+PARAMETERS = ["parameters", "recurrent_parameters"]
+RUN_COLUMNS = ["task", "model", "seed", "learning_rate", *PARAMETERS, "epochs", "best_epoch", "seconds", "val_loss"]
+RUN_COLUMNS += [f"test_{name}" for name in ("loss", "accuracy", "mse", "mae")]
+Records = Sequence[Mapping]
+
+
+def title_of(record: Mapping) -> str:
+    """The task of a record, with the user's file if there is one."""
+    file = record["configuration"]["file"]
+    return TASKS[record["task"]].title + (f": {file['path']}" if file else "")
 
 
 def best_epoch(record: Mapping) -> Mapping:
@@ -1846,7 +2053,13 @@ def best_epoch(record: Mapping) -> Mapping:
     return min(record["history"], key=lambda row: row["validation"]["loss"])
 
 
-def results_table(records: Sequence[Mapping]) -> pd.DataFrame:
+def by_model(records: Records) -> dict[str, list[Mapping]]:
+    """The records of each model, in their order."""
+    names = dict.fromkeys(record["model"] for record in records)
+    return {name: [record for record in records if record["model"] == name] for name in names}
+
+
+def results_table(records: Records) -> pd.DataFrame:
     """What every model, baseline and ceiling scores, in long form: every table and verdict is a view of this."""
     rows = []
     for record in records:
@@ -1857,28 +2070,44 @@ def results_table(records: Sequence[Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "name", "kind", "seed", "subset", "metric", "value"])
 
 
-def runs_table(records: Sequence[Mapping]) -> pd.DataFrame:
-    """A row per trained model. Losses are those that training minimised: of standardised values in the forecaster."""
+def runs_table(records: Records) -> pd.DataFrame:
+    """A row per trained model: `RUN_COLUMNS`, parameters by part, cost of a step, whether the cap on epochs ended it.
+
+    Losses are those that training minimised: of standardised values in the forecaster.
+    """
     rows = []
     for record in records:
-        best, history, parameters = best_epoch(record), record["history"], record["parameters"]
-        row = {name: record[name] for name in ("task", "model", "seed", "learning_rate")}
-        row |= {"parameters": sum(parameters.values())}
-        row |= {"recurrent_parameters": parameters["recurrent"], "epochs": len(history), "best_epoch": best["epoch"]}
+        best, history, parameters = best_epoch(record), record["history"], record.get("parameters", {})
+        row = {name: record[name] for name in ("task", "model", "seed", "learning_rate")} | {"title": title_of(record)}
+        row |= {"parameters": sum(parameters.values()), "recurrent_parameters": parameters.get("recurrent")}
+        row |= {"epochs": len(history), "best_epoch": best["epoch"], "val_loss": best["validation"]["loss"]}
         row |= {"seconds": round(sum(epoch["seconds"] for epoch in history), 1)}
-        row |= {"val_loss": best["validation"]["loss"], "test_loss": record["test"]["loss"]}
-        rows.append(row | {f"test_{name}": record["test"].get(name) for name in ("accuracy", "mse", "mae")})
+        row |= {f"test_{name}": record.get("test", {}).get(name) for name in CSV_METRICS}
+        row["capped"] = len(history) - best["epoch"] < record["configuration"]["training"]["patience"]
+        rows.append(row | {part: parameters.get(part, 0) for part in PARTS} | record.get("cost", {}))
     return pd.DataFrame(rows)
 
 
-def models_table(records: Sequence[Mapping]) -> pd.DataFrame:
-    """A row per task and model, as its first seed has it: parameters by part, cost of a training step."""
+def history_table(records: Records) -> pd.DataFrame:
+    """A row per run, epoch, split and metric."""
     rows = []
-    for r in records:
-        row = {"task": r["task"], "model": r["model"]} | {part: r["parameters"].get(part, 0) for part in PARTS}
-        row |= {"parameters": sum(r["parameters"].values()), "recurrent_parameters": r["parameters"]["recurrent"]}
-        rows.append(row | {name: r["cost"][name] for name in COST_COLUMNS})
-    return pd.DataFrame(rows).drop_duplicates(["task", "model"], ignore_index=True)
+    for r, epoch in ((record, epoch) for record in records for epoch in record["history"]):
+        for split, metric in product(("train", "validation"), epoch["train"]):
+            rows.append((r["task"], r["model"], r["seed"], epoch["epoch"], split, metric, epoch[split][metric]))
+    return pd.DataFrame(rows, columns=["task", "model", "seed", "epoch", "split", "metric", "value"])
+
+
+def label_scores(records: Records) -> pd.DataFrame:
+    """Precision, recall and F1 of each classifier by label, over the test splits of all seeds."""
+    rows = []
+    for model, runs in by_model(records).items():
+        counts = np.sum([run["evidence"]["confusion"] for run in runs], axis=0)  # (K, K): truth, answer
+        answered, there = (np.maximum(counts.sum(axis=axis), 1) for axis in (0, 1))
+        right = counts.diagonal()
+        scores = np.stack([right / answered, right / there, 2 * right / (answered + there)], axis=1)  # (K, 3)
+        names = [*runs[0]["evidence"]["labels"], "mean of the labels"]
+        rows += [(model, *row) for row in zip(names, *np.vstack([scores, scores.mean(axis=0)]).T)]
+    return pd.DataFrame(rows, columns=["model", "label", "precision", "recall", "F1"])
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -1897,113 +2126,151 @@ def student_t(degrees: int, level: float = 0.95) -> float:
 
 
 def compare(results: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences of each two models, and, in the first metric, of each with the best baseline; with verdicts.
+    """Paired differences of each two models, and of each with the best baseline, in every metric; with verdicts.
 
     The 95 % interval is Student's, of the differences on the seeds that both have: data, weights and order of the
     batches are drawn anew with each seed, so it says how far another choice of seeds would move the difference.
     """
     rows = []
     for (task_name, metric_name), cells in results[results["subset"] == ALL].groupby(["task", "metric"], sort=False):
-        task = TASKS[task_name]
-        metric = next(m for m in task.metrics if m.name == metric_name)
+        metric = next(m for m in TASKS[task_name].metrics if m.name == metric_name)
         values = cells.pivot_table(index="seed", columns="name", values="value")
         models, baselines = (list(cells[cells["kind"] == kind]["name"].unique()) for kind in ("model", "baseline"))
         pairs = list(combinations(models, 2))
-        if metric is task.metrics[0] and baselines:
+        if baselines:
             means = values[baselines].mean()
             pairs += [(name, means.idxmax() if metric.higher_is_better else means.idxmin()) for name in models]
         for a, b in pairs:
             differences = (values[a] - values[b]).dropna()
-            if metric_name in CSV_METRICS and len(differences):
-                rows.append((task_name, metric_name, a, b, *judge(a, b, differences, metric)))
+            if not (n := len(differences)):
+                continue
+            mean, unit = (
+                float(differences.mean()),
+                " points" if metric.is_share else f" in {metric.label.split(' (')[0]}",
+            )
+            half = student_t(n - 1) * float(differences.std()) / math.sqrt(n) if n > 1 else math.nan
+            low, high = mean - half, mean + half
+            better, worse = (a, b) if (mean > 0) == metric.higher_is_better else (b, a)
+            if mean == 0 or low <= 0 <= high:
+                verdict, ends = f"{a} and {b}: no clear difference, {metric.difference(mean)}{unit}", [low, high]
+            else:
+                verdict = f"{better} better than {worse} by {metric.difference(abs(mean))}{unit}"
+                ends = sorted([abs(low), abs(high)])
+            verdict += " on one seed" if n == 1 else " [{}, {}]".format(*map(metric.difference, ends))
+            rows.append((task_name, metric_name, a, b, mean, low, high, verdict))
     return pd.DataFrame(rows, columns=["task", "metric", "a", "b", "difference", "low", "high", "verdict"])
 
 
-def judge(a: str, b: str, differences: pd.Series, metric: Metric) -> tuple[float, float, float, str]:
-    """Mean of the differences `a` - `b` by seed, its interval, and the verdict."""
-    mean, n = float(differences.mean()), len(differences)
-    half = student_t(n - 1) * float(differences.std()) / math.sqrt(n) if n > 1 else math.nan
-    low, high, unit = mean - half, mean + half, " points" if metric is ACCURACY else ""
-    better, worse = (a, b) if (mean > 0) == metric.higher_is_better else (b, a)
-    if mean == 0 or low <= 0 <= high:
-        verdict, ends = f"{a} and {b}: no clear difference, {metric.difference(mean)}{unit}", [low, high]
-    else:
-        verdict = f"{better} better than {worse} by {metric.difference(abs(mean))}{unit}"
-        ends = sorted([abs(low), abs(high)])
-    interval = " on one seed" if n == 1 else " [{}, {}]".format(*map(metric.difference, ends))
-    return mean, low, high, verdict + interval
-
-
-def tuning_table(jobs: Sequence[Job], records: Sequence[Mapping]) -> pd.DataFrame:
+def tuning_table(jobs: Sequence[Job], records: Records) -> pd.DataFrame:
     """A row per tuning run; a run without a record has failed, and its validation loss is infinite.
 
     Chosen is the rate of the lowest mean validation loss over the seeds.
     """
-    found, rows = {job_of(record, tuning=True): record for record in records}, []
-    for job in jobs:
-        record = found.get(job)
-        best = best_epoch(record) if record else {"validation": {"loss": math.inf}, "epoch": 0}
-        measured = best["validation"]["loss"], best["epoch"], len(record["history"]) if record else 0
-        rows.append((job.task, job.model, job.learning_rate, job.seed, *measured))
-    columns = ["task", "model", "learning_rate", "seed", "val_loss", "best_epoch", "epochs"]
-    table = pd.DataFrame(rows, columns=columns)
-    means = table.groupby(columns[:3])["val_loss"].transform("mean")
+    key, measured = ["task", "model", "learning_rate", "seed"], ["val_loss", "best_epoch", "epochs"]
+    found = runs_table(records).reindex(columns=key + measured)
+    table = pd.DataFrame(jobs)[key].merge(found, how="left").fillna(dict(zip(measured, (math.inf, 0, 0))))
+    table = table.astype({"best_epoch": int, "epochs": int})
+    means = table.groupby(key[:3])["val_loss"].transform("mean")
     lowest = means.groupby([table["task"], table["model"]]).transform("min")
     return table.assign(chosen=(means == lowest) & np.isfinite(means))
 
 
-def plus_minus(mean: float, std: float, form: str) -> str:
-    """'76.1 % ± 1.2': a mean with its standard deviation, if there is one."""
-    number = format(mean, form).replace("%", " %").rstrip(".")  # of 1234. at four digits
-    std = 0.0 if std < 1e-12 * abs(mean) else std  # the rounding errors of equal values
-    return number if math.isnan(std) else f"{number} ± {format(std, form.replace('4g', '2g')).rstrip('%.')}"
-
-
-def performance_table(results: pd.DataFrame, runs: pd.DataFrame, task: Task) -> pd.DataFrame:
-    """One task's results as a person reads them: models, baselines and ceiling, mean ± deviation over seeds."""
+def performance_tables(results: pd.DataFrame, runs: pd.DataFrame, task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One task's results as a person reads them, mean ± deviation over seeds: test scores; how the models got there."""
     summary = summarise(results.query("task == @task.name and subset == @ALL")).set_index("name")
     first, sign = summary[summary["metric"] == task.metrics[0].name], 1 if task.metrics[0].higher_is_better else -1
-    table = first[["kind"]]
+    scores = first[["kind"]].replace("model", "")
     for metric in task.metrics:
         cells = summary.loc[summary["metric"] == metric.name, ["mean", "std"]]
-        table = table.assign(**{metric.name: [plus_minus(*cell, metric.format) for cell in cells.to_numpy()]})
+        scores = scores.assign(**{metric.name: [metric.show(*cell) for cell in cells.to_numpy()]})
+    columns = runs[runs["task"] == task.name].groupby("model", sort=False)
+    training = columns["learning_rate"].agg(lambda each: ", ".join(f"{x:g}" for x in sorted({*each}))).to_frame()
+    training = training.rename(columns={"learning_rate": "learning rate"})
+    training["best epoch"], training["epochs"], training["seconds"] = (
+        columns[name].mean().map("{:.1f}".format) for name in ("best_epoch", "epochs", "seconds")
+    )
     means = {kind: sign * cells["mean"] for kind, cells in first.groupby("kind")}
     if means.keys() >= {"baseline", "ceiling"}:
         best, ceiling = means["baseline"].max(), means["ceiling"].iloc[0]
         if ceiling > best:  # on a small test split a baseline may reach the ceiling
-            closed = (means["model"] - best) / (ceiling - best)
-            table["gap closed"] = closed.map(lambda share: f"{100 * share:.0f} %")
-    by_model = runs[runs["task"] == task.name].groupby("model")
-    table["learning rate"] = by_model["learning_rate"].agg(lambda each: ", ".join(f"{x:g}" for x in sorted({*each})))
-    table["best epoch"], table["seconds"] = (by_model[c].mean().map("{:.1f}".format) for c in ("best_epoch", "seconds"))
-    return table.fillna("").reset_index(names="")
+            training["gap closed"] = ((means["model"] - best) / (ceiling - best)).map(lambda x: f"{100 * x:.0f} %")
+    return scores.reset_index(names=""), training.reset_index(names="")
 
 
-def findings(results: pd.DataFrame, comparisons: pd.DataFrame, task: Task) -> list[str]:
-    """What one task's results say, in sentences: verdicts on pairs, the examples that need memory."""
-    judged = f"task == '{task.name}' and metric == '{task.metrics[0].name}'"
-    verdicts = comparisons.query(judged)
+def findings(results: pd.DataFrame, comparisons: pd.DataFrame, runs: pd.DataFrame, task: Task) -> list[str]:
+    """What one task's results say, in sentences: verdicts on pairs, examples that need memory, what may mislead."""
+    first, name = task.metrics[0], task.name
+    verdicts = comparisons.query("task == @name and metric in [@first.name, @PERPLEXITY.name]")
     sentences = [f"{verdict}." for verdict in verdicts["verdict"]]
     sentences += ["One seed supports no ranking."] * bool(verdicts["low"].isna().any())
-    hard = results.query(f"{judged} and kind == 'model' and subset == @task.hard_subset")
-    means = hard.groupby("name", sort=False)["value"].mean()
-    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in means.items())
-    return sentences + [f"Accuracy, {task.hard_subset}: {shares}."] * bool(shares)
+    means = results.query("task == @name and metric == @first.name").groupby(["subset", "name"], sort=False)["value"]
+    means, models = means.mean(), runs[runs["task"] == name]
+    of_models = {subset: means[subset].reindex(models["model"].unique()) for subset in means.index.unique(0)}
+    if task.hard_subset in of_models:
+        shares = ", ".join(f"{model} {first.show(share)}" for model, share in of_models[task.hard_subset].items())
+        sentences.append(f"Accuracy, {task.hard_subset}: {shares}.")
+    for model, mean in of_models[ALL].items():
+        if mean <= means[ALL].get(MAJORITY, -math.inf) + 0.01:
+            sentences.append(f"{model} knows little more than how frequent the labels are: see the recall of each.")
+    if capped := int(models["capped"].sum()):
+        sentences.append(f"{capped} of {len(models)} runs ended at the cap on epochs, perhaps too soon: see --epochs.")
+    return sentences
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown; columns of numbers are aligned right."""
-    align = [" ---: " if pd.api.types.is_numeric_dtype(table[column]) else " --- " for column in table]
+    """A table in Markdown, its columns aligned; numbers to the right."""
+    right = [pd.api.types.is_numeric_dtype(table[column]) for column in table]
     cells = [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in table.astype(object).to_numpy()]
-    body = "\n".join("| " + " | ".join(row) + " |" for row in cells)
-    return "| " + " | ".join(table.columns) + " |\n|" + "|".join(align) + "|\n" + body
+    widths = [max(3, *map(len, column)) for column in zip(table.columns, *cells)]
+    rule = ["-" * (width - 1) + (":" if r else "-") for width, r in zip(widths, right)]
+    rows = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)] for row in (table.columns, *cells)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
-def summary_text(records: Sequence[Mapping], results: pd.DataFrame, comparisons: pd.DataFrame) -> str:
+def task_text(task: Task, records: Records, results: pd.DataFrame, runs: pd.DataFrame, verdicts: pd.DataFrame) -> str:
+    """One task's results: what the data are, tables, findings. `records` are the task's; `verdicts`: `compare`."""
+    seeds = runs[runs["task"] == task.name].groupby("model", sort=False)["seed"]
+    seeds = seeds.agg(lambda each: ", ".join(map(str, each)))
+    shown = seeds.iloc[0] if seeds.nunique() == 1 else "; ".join(f"{each} ({name})" for name, each in seeds.items())
+    own = records[0]["configuration"]["file"]
+    title = f"## {title_of(records[0])}" + ("" if own else "\n\n" + textwrap.fill(task.question, 79))
+    doubts = [f"Note: {doubt}." for doubt in dict.fromkeys(d for record in records for d in record.get("doubts", []))]
+    sentences = findings(results, verdicts, runs, task) + doubts
+    sentences = "\n".join(textwrap.fill(f"- {sentence}", 79, subsequent_indent="  ") for sentence in sentences)
+    tables = map(markdown, performance_tables(results, runs, task))
+    return "\n\n".join([title, *tables, f"Test split, mean ± standard deviation over the seeds {shown}.", sentences])
+
+
+def details_text(records: Records) -> str:
+    """More on one task, from its records: scores by label, three test examples with the answers, the data."""
+    parts, trained = [], [record for record in records if "history" in record]
+    if "confusion" in trained[0]["evidence"]:
+        parts += [markdown(label_scores(trained).map(lambda x: x if isinstance(x, str) else f"{x:.3f}"))]
+        parts += ["Test splits of all seeds together. The mean recall is the balanced accuracy."]
+    same_seed = [record for record in trained if record["seed"] == trained[0]["seed"]]
+    for rows in zip(*(record["examples"] for record in same_seed)):
+        text, truth = list(rows[0].values())[:2]
+        shown = [truth, *(row["answer"] for row in rows)]
+        shown = [each if isinstance(each, str) else plain(each) for each in shown]
+        sure = [f" ({row['probability']:.2f})" if "probability" in row else "" for row in rows]
+        answers = ", ".join(f"{r['model']} {a}{p}" for r, a, p in zip(same_seed, shown[1:], sure))
+        parts += [f"> {'... ' * (len(text) > 120)}{' '.join(text[-120:].split())}\n>\n> truth: {shown[0]}; {answers}"]
+    if about := next((record for record in records if "facts" in record), None):
+        file = about["configuration"]["file"]
+        digest = f", SHA-256 {file['digest'][:12]}..." if file else ""
+        parts += [f"The data of seed {about['seed']}{digest}: {facts_text(about['facts'])}."]
+    return "\n\n".join(parts)
+
+
+def facts_text(facts: Mapping[str, float]) -> str:
+    """What is known of the data, in a line."""
+    return ", ".join(f"{name} {format(x, ',.0f') if x == int(x) else plain(x)}" for name, x in facts.items())
+
+
+def summary_text(records: Records, task_texts: Mapping[str, str], runs: pd.DataFrame) -> str:
     """The tables as a page of Markdown, with what the data were and where it ran."""
-    trained = [record for record in records if "history" in record]
-    runs, models = runs_table(trained), models_table(trained)
     environments = pd.DataFrame([record["environment"] for record in records]).astype(str)
+    models = runs.drop_duplicates(["task", "model"])
     parts = [
         "# RNN, LSTM and GRU: results",
         "The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws its own "
@@ -2013,36 +2280,18 @@ def summary_text(records: Sequence[Mapping], results: pd.DataFrame, comparisons:
         "intervals of the paired difference over the seeds (Student's t). Seconds are those of a run's training, with "
         "other runs beside it.",
     ]
-    for task in tasks_in(results):
-        seeds = runs[runs["task"] == task.name].groupby("model", sort=False)["seed"]
-        seeds = seeds.agg(lambda each: ", ".join(map(str, each)))
-        shown = seeds.iloc[0] if seeds.nunique() == 1 else "; ".join(f"{each} ({name})" for name, each in seeds.items())
-        about = next((r for r in records if r["task"] == task.name and "facts" in r), None)
-        file = about["configuration"]["file"] if about else None
-        parts += [f"## {task.title}: {file['path']}"] if file else [f"## {task.title}", task.question]
-        parts += [markdown(performance_table(results, runs, task))]
-        parts += [f"Test split, mean ± standard deviation over the seeds {shown}."]
-        parts += ["\n".join(f"- {sentence}" for sentence in findings(results, comparisons, task))]
-        if about:
-            facts = [f"{name} {format(x, ',.0f' if x == int(x) else '.3g')}" for name, x in about["facts"].items()]
-            digest = f", SHA-256 {file['digest'][:12]}..." if file else ""
-            parts += [f"The data of seed {about['seed']}{digest}: {', '.join(facts)}."]
+    for name, text in task_texts.items():
+        parts += [text, details_text([record for record in records if record["task"] == name])]
     parts += [
         f"## Parameters\n\n{markdown(models[['task', 'model', *PARTS, 'parameters']])}",
         f"## Cost of a training step\n\n{markdown(models[['task', 'model', *COST_COLUMNS]])}",
         "Median time of a step, the models taking turns on the same batches if one command trained them; activations: "
-        "what the forward pass on a batch of the longest examples keeps for the backward pass. The kernel is the "
-        "implementation of the recurrent layer that ran: times compare kernels as much as cells.",
+        "what the forward pass on a full batch of the longest possible examples keeps for the backward pass. The "
+        "kernel is the implementation of the recurrent layer that ran: times compare kernels as much as cells.",
         "## Environment",
         "\n".join(f"- {name}: {', '.join(sorted(set(environments[name])))}" for name in environments),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def tasks_in(results: pd.DataFrame) -> list[Task]:
-    """The tasks of which a model was trained, in their order."""
-    found = set(results[results["kind"] == "model"]["task"])
-    return [task for task in TASKS.values() if task.name in found]
 
 
 # ======================================================================================
@@ -2054,7 +2303,6 @@ GREY = "#777777"
 STYLE = {"font.size": 9, "figure.dpi": 120, "legend.frameon": False, "grid.color": "#E4E4E4", "axes.grid": True}
 STYLE |= {"axes.axisbelow": True, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False}
 MARKERS = {"baseline": ("D", GREY), "ceiling": ("|", "black")}  # a model's is a circle of its colour
-Records = Sequence[Mapping]
 
 
 def colour(model: str) -> tuple[float, ...]:
@@ -2062,15 +2310,17 @@ def colour(model: str) -> tuple[float, ...]:
     return to_rgba(COLOURS[base_name(model)], 1.0 if model == base_name(model) else 0.5)
 
 
-def by_model(records: Records) -> dict[str, list[Mapping]]:
-    """The records of each model, in their order."""
-    names = dict.fromkeys(record["model"] for record in records)
-    return {name: [record for record in records if record["model"] == name] for name in names}
-
-
 def line(label: str, colour: object = GREY, style: str = "-", **more: object) -> Line2D:
     """An entry of a legend."""
     return Line2D([], [], color=colour, linestyle=style, label=label, **more)
+
+
+def finish(figure: Figure, title: str, handles: Sequence = (), columns: int = 1) -> Figure:
+    """The figure with its title and, below it, a legend."""
+    figure.suptitle(title)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    return figure
 
 
 def training_history_figure(records: Records, task: Task) -> Figure:
@@ -2093,9 +2343,7 @@ def training_history_figure(records: Records, task: Task) -> Figure:
     grid[0, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     lines = [line("training (running mean over the epoch)", style=":"), line("validation")]
     lines += [line("epoch whose weights were kept", style="", marker="o")]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3)
-    figure.suptitle(f"{task.title}: training, a line per seed")
-    return figure
+    return finish(figure, f"{title_of(records[0])}: training, a line per seed", lines, 3)
 
 
 def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
@@ -2120,24 +2368,24 @@ def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
         mean = np.mean([r["evidence"]["forecasts"]["free_mse"] for r in runs], axis=0)
         errors.plot(np.arange(1, len(mean) + 1), mean, color=colour(name), label=name)
     ceilings = results.query("kind == 'ceiling' and metric == 'mse'").groupby("name")["value"].mean()
-    for name, value in ceilings.items():
-        errors.axhline(value, color="black", linestyle=":", label=f"{name}, one step ahead: the floor")
+    for ceiling, value in ceilings.items():
+        errors.axhline(value, color="black", linestyle=":", label=f"{ceiling}, one step ahead")
     variance = records[0]["evidence"]["forecasts"]["variance"]
-    errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part: no skill")
+    held = np.mean([record["evidence"]["forecasts"]["persistence_mse"] for record in by_model(records)[name]], axis=0)
+    errors.plot(np.arange(1, len(held) + 1), held, color=GREY, linewidth=1, label="persistence")
+    errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
     errors.set(title="Free-running error, mean over seeds", ylim=(0, 1.3 * errors.get_ylim()[1]))  # room for the legend
     errors.legend(loc="upper center", ncols=5)
     observed = line("observed value", style="", marker="o", markersize=2.5)
     lines = [observed, line("forecast (in the model's colour)", "black")]
-    figure.legend(handles=lines, loc="outside lower center", ncols=2)
-    figure.suptitle(f"{FORECASTER.title}: forecasts against the truth")
-    return figure
+    return finish(figure, f"{title_of(records[0])}: forecasts against the truth", lines, 2)
 
 
 def parameters_figure(models: pd.DataFrame) -> Figure:
     """Parameters by part, each model of each task."""
     tasks = list(models.groupby("task", sort=False))
     figure = Figure(figsize=(9, 1.6 * len(tasks) + 1.0), layout="constrained")
-    for axes, (task, table) in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks):
+    for axes, (_, table) in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks):
         table, left = table.iloc[::-1], 0
         look = {"color": [colour(name) for name in table["model"]], "edgecolor": "white", "linewidth": 0.5}
         for part, hatch in PARTS.items():
@@ -2145,14 +2393,14 @@ def parameters_figure(models: pd.DataFrame) -> Figure:
             left = left + table[part]
         for row in table.itertuples():
             axes.text(row.parameters, row.model, f" {row.parameters:,} (recurrent {row.recurrent:,})", va="center")
-        axes.set(xlim=(0, 1.35 * table["parameters"].max()), title=TASKS[task].title)
+        axes.set(
+            xlim=(0, 1.35 * table["parameters"].max()), title=f"{table['title'].iloc[0]}, seed {table['seed'].iloc[0]}"
+        )
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(axis="y", visible=False)
     axes.set_xlabel("trainable parameters")
     parts = [Patch(facecolor=GREY, edgecolor="white", hatch=hatch, label=part) for part, hatch in PARTS.items()]
-    figure.legend(handles=parts, loc="outside lower center", ncols=len(PARTS))
-    figure.suptitle("Parameters by part of the model")
-    return figure
+    return finish(figure, "Parameters by part of the model", parts, len(PARTS))
 
 
 def architectures_figure(records: Records) -> Figure:
@@ -2164,7 +2412,8 @@ def architectures_figure(records: Records) -> Figure:
         shade = colour(record["model"])
         axes.set(xlim=(-0.9, width - 0.5), ylim=(-0.5, 0.5))
         axes.axis("off")
-        axes.text(-0.85, 0, f"{record['model']}\n{record['task']}", color=shade, fontweight="bold", va="center")
+        who = f"{record['model']}\n{record['task']}\nseed {record['seed']}"
+        axes.text(-0.85, 0, who, color=shade, fontweight="bold", va="center")
         start = {"kind": "input", "settings": "", "shape": record["input_shape"], "parameters": 0}
         for x, layer in enumerate([start, *record["layers"]]):  # a box, with an arrow from the one before it
             settings = re.sub(r"(batch_first|inplace|bias)=\w+|in_features=|out_features=", "", layer["settings"])
@@ -2180,13 +2429,12 @@ def architectures_figure(records: Records) -> Figure:
             if x:
                 arrow = {"arrowstyle": "->", "color": GREY}
                 axes.annotate("", (x - 0.4, 0), (x - 0.6, 0), arrowprops=arrow, zorder=3)
-    figure.suptitle("Architectures, drawn from the live models (B: batch)")
-    return figure
+    return finish(figure, "Architectures, drawn from the live models (B: batch)")
 
 
-def performance_figure(results: pd.DataFrame, runs: pd.DataFrame, models: pd.DataFrame) -> Figure:
+def performance_figure(results: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
-    tasks, summary = tasks_in(results), summarise(results[results["subset"] == ALL])
+    tasks, summary = [TASKS[name] for name in runs["task"].unique()], summarise(results[results["subset"] == ALL])
     figure = Figure(figsize=(14, 2.5 * len(tasks) + 0.6), layout="constrained")
     grid = figure.subplots(len(tasks), 4, squeeze=False, width_ratios=[2.2, 1, 1, 1])
     for (scores, *bars), task in zip(grid, tasks):
@@ -2194,14 +2442,17 @@ def performance_figure(results: pd.DataFrame, runs: pd.DataFrame, models: pd.Dat
         for score in summary.query("task == @task.name and metric == @metric.name").iloc[::-1].itertuples():
             marker, shade = MARKERS.get(score.kind) or ("o", colour(score.name))
             scores.errorbar(score.mean, score.name, xerr=np.nan_to_num(score.std), fmt=marker, color=shade, capsize=3)
-        scores.set(title=task.title, xlabel=f"test {metric.label}")
+        scores.set(title=runs[runs["task"] == task.name]["title"].iloc[0], xlabel=f"test {metric.label}")
         if not metric.higher_is_better:  # errors differ by factors
             scores.set(xscale="log", xlabel=f"test {metric.label}, log scale")
-            scores.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scores.xaxis.set_major_locator(
+                LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
+            )  # three or more, however short the axis
             scores.xaxis.set_major_formatter("{x:.2g}")
             scores.xaxis.set_minor_formatter("")
-        costs = models[models["task"] == task.name].set_index("model").iloc[::-1]  # barh draws upwards
-        costs["seconds"] = runs[runs["task"] == task.name].groupby("model")["seconds"].mean()
+        of_task = runs[runs["task"] == task.name]
+        costs = of_task.drop_duplicates("model").set_index("model").iloc[::-1]  # barh draws upwards
+        costs["seconds"] = of_task.groupby("model")["seconds"].mean()
         costs["MiB"], kernels = costs["activation_bytes"] / 2**20, " " + costs["kernel"]
         labels = ("training (s per run)", "step (ms), kernel", "activations (MiB, longest batch)")
         for axes, column, label in zip(bars, ("seconds", "ms_per_step", "MiB"), labels):
@@ -2213,8 +2464,9 @@ def performance_figure(results: pd.DataFrame, runs: pd.DataFrame, models: pd.Dat
             axes.set(xlabel=label, xlim=(0, max(room * values.max(), 0.1)))
             axes.set_ylim(-0.75, len(values) - 0.25)  # a bar alone is no wider than among others
             axes.grid(axis="y", visible=False)
-    figure.suptitle("Test split, mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), and costs")
-    return figure
+    return finish(
+        figure, "Test split, mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), and costs"
+    )
 
 
 def learning_rates_figure(table: pd.DataFrame) -> Figure:
@@ -2238,9 +2490,27 @@ def learning_rates_figure(table: pd.DataFrame) -> Figure:
     lines = [line(model, colour(model), linewidth=3) for model in table["model"].unique()]
     lines.append(line("one seed", style="", marker="."))
     lines.append(line("chosen", style="", marker="o", markersize=11, fillstyle="none"))
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
-    figure.suptitle("Each model's learning rate, by the validation loss: mean over seeds")
-    return figure
+    return finish(figure, "Each model's learning rate, by the validation loss: mean over seeds", lines, len(lines))
+
+
+def errors_figure(records: Records) -> Figure:
+    """The confusion matrix of each classifier, in per cent of each true label, over the test splits of all seeds."""
+    models, labels = by_model(records), records[0]["evidence"]["labels"]
+    figure = Figure(figsize=(max(2.0, 0.6 * len(labels) + 1.2) * len(models) + 1.6, 0.5 * len(labels) + 2.4))
+    figure.set_layout_engine("constrained")
+    for axes, (name, runs) in zip(figure.subplots(1, len(models), squeeze=False, sharey=True)[0], models.items()):
+        counts = np.sum([run["evidence"]["confusion"] for run in runs], axis=0)
+        shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Greys", vmin=0, vmax=130, aspect="auto")  # text stays readable on the darkest
+        for (row, column), share in np.ndenumerate(shares):
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color="white" if share > 80 else "black")
+        axes.set_title(name, color=colour(name), fontweight="bold")
+        axes.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) > 2 else 0)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.grid(visible=False)
+    figure.supxlabel("predicted label", fontsize=9)
+    figure.supylabel("true label", fontsize=9)
+    return finish(figure, f"{title_of(records[0])}: true and predicted label, in % of each true label")
 
 
 def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
@@ -2293,23 +2563,12 @@ def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
         axes.set(title="Reviews, by what their last word says", ylim=(0, 105), ylabel="accuracy (%); dashed: guessing")
         axes.set_xticks([0, 1], [subset.replace(" the", "\nthe") for subset in found.index])
         axes.grid(axis="x", visible=False)
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines) if len(shown) > 1 else 1)
-    figure.suptitle("Long-range memory, mean over seeds")
-    return figure
+    return finish(figure, "Long-range memory, mean over seeds", lines, len(lines) if len(shown) > 1 else 1)
 
 
 # ======================================================================================
 # Command line
 # ======================================================================================
-
-EXAMPLES = """examples:
-  python pytorch_rnn_models.py --quick
-      everything on tiny data, in half a minute: is all in order here?
-  python pytorch_rnn_models.py --tasks classifier --reviews my_reviews.csv
-      the comparison on your own labelled texts (--corpus and --series do the same for the other tasks)
-  python pytorch_rnn_models.py --predict outputs/models/classifier_GRU_seed42.pt "A warm and clever film."
-      use a model that was trained
-"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -2319,42 +2578,52 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def whole_number(text: str, least: int = 0) -> int:
-    """An argument type: a whole number of at least `least`."""
-    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-    return int(text)
-
-
-def temperature(text: str) -> float:
-    """An argument type: a number from 0 to 100."""
-    if not re.fullmatch(r"[0-9]{0,3}(\.[0-9]{0,9})?", text) or not 0 <= float(text or "nan") <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 100")
-    return float(text)
+def number(text: str, least: float, most: float = math.inf, kind: type = float) -> float:
+    """An argument type: a number of a kind, from `least` to `most`."""
+    value = math.nan
+    with suppress(ValueError):
+        value = kind(text)
+    if not least <= value <= most:
+        what, span = "whole number" if kind is int else "number", f"from {least:g} to {most:g}"
+        span = span if most < math.inf else f"of {least} or more"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {span}")
+    return value
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; raises InputError when they cannot be followed."""
-    about = "Trains RNN, LSTM and GRU on three tasks and writes tables and figures."
+    if isinstance(argv, str):
+        raise InputError(f"main({argv!r}): the options are a list, as in main([{argv!r}])")
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser(prog="pytorch_rnn_models.py", description=about, epilog=EXAMPLES, **form)
-    positive = partial(whole_number, least=1)
+    parser = Parser(prog="pytorch_rnn_models.py", description=__doc__.partition("Shapes")[0], **form)
+    whole, positive = (partial(number, least=least, kind=int) for least in (0, 1))
     add = parser.add_argument_group("what is trained").add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="any of %(choices)s")
     add("--models", nargs="+", choices=MODEL_NAMES, default=MODEL_NAMES, metavar="MODEL", help="any of %(choices)s")
-    add("--seeds", nargs="+", type=whole_number, metavar="N", help="default: 42 43 44; with --quick: 42")
+    add("--seeds", nargs="+", type=whole, metavar="N", help="default: 42 43 44; with --quick: 42")
     add("--quick", action="store_true", help="the whole pipeline on tiny data, two epochs, in under 30 s")
-    add("--epochs", type=positive, metavar="N", help="cap on epochs; default: by task")
     sizes = "hidden: equal hidden size (default); params: RNN and GRU with the LSTM's number of recurrent parameters"
     add("--match", choices=("hidden", "params"), default="hidden", help=sizes)
-    add = parser.add_argument_group("your own data, in place of the generated (.gz works too)").add_argument
-    add("--reviews", metavar="FILE.csv", help="for the classifier: columns text and label, two different labels")
-    add("--corpus", metavar="FILE.txt", help="for the predictor: plain text, UTF-8")
-    add("--series", metavar="FILE.csv", help="for the forecaster: a column of numbers, in order of time")
-    add("--series-column", metavar="NAME", help="which column; default: the only numeric one")
-    add = parser.add_argument_group("how and where").add_argument
     tune = "choose each model's learning rate first, by validation loss, from one common grid"
     add("--tune", action="store_true", help=tune)
+    rate = partial(number, least=1e-6, most=1)
+    add("--learning-rate", type=rate, metavar="X", help="of all models; default: each model's own, as --tune chose it")
+    add("--epochs", type=positive, metavar="N", help="cap on epochs; default: by task")
+    add("--hidden-dim", type=positive, metavar="N", help="hidden units; default: 100, of the forecaster 32")
+    add(
+        "--window", type=positive, metavar="N", help="words or steps that predictor and forecaster see; default: 10, 50"
+    )
+    add = parser.add_argument_group("your own data, in place of the generated (.gz works too)").add_argument
+    add("--reviews", metavar="FILE.csv", help="for the classifier: a column of texts and one of labels")
+    add("--corpus", metavar="FILE.txt", help="for the predictor: plain text, UTF-8")
+    add("--series", metavar="FILE.csv", help="for the forecaster: a column of numbers, in order of time")
+    for name, usual in (
+        ("text", "text or review"),
+        ("label", "label or sentiment"),
+        ("series", "the only numeric one"),
+    ):
+        add(f"--{name}-column", metavar="NAME", help=f"default: {usual}")
+    add = parser.add_argument_group("how and where").add_argument
     devices = ("auto", "cpu", "cuda", "mps")
     add("--device", choices=devices, default="auto", help="auto (default): CUDA where there is one, else CPU")
     at_once = "runs trained at the same time, one thread each; default: as many as cores; on a GPU and with --quick: 1"
@@ -2368,34 +2637,58 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     use = "use a trained model on a text, a file, or - for standard input"
     add("--predict", nargs=2, metavar=("CHECKPOINT", "INPUT"), help=use)
     add("--length", type=positive, metavar="N", help="words or values to continue by; default: 20")
-    add("--temperature", type=temperature, metavar="X", help="of the words: 0 takes the likeliest; default: 1")
-    add("--seed", type=whole_number, metavar="N", help="of the words that --predict draws; default: 42")
+    warmth = partial(number, least=0, most=100)
+    add("--temperature", type=warmth, metavar="X", help="of the words: 0 takes the likeliest; default: 1")
+    add("--seed", type=whole, metavar="N", help="of the words that --predict draws; default: 42")
     options = parser.parse_args(argv)
 
+    # what goes with what
     for name, default in (("length", 20), ("temperature", 1.0), ("seed", 42)):
-        if getattr(options, name) is None:
-            setattr(options, name, default)
-        elif not options.predict:
+        if getattr(options, name) is not None and not options.predict:
             raise InputError(f"--{name} goes with --predict" + "; for training there is --seeds" * (name == "seed"))
+        setattr(options, name, default if getattr(options, name) is None else getattr(options, name))
     modes = [f"--{name}" for name in ("report", "benchmark", "predict") if getattr(options, name)]
     modes += ["--tune"] * (options.tune and bool(modes))
+    modes += ["--tune", "--learning-rate"] * (options.tune and options.learning_rate is not None)
     if len(modes) > 1:
-        raise InputError(f"{' and '.join(modes)} cannot go together")
+        raise InputError(f"{' and '.join(dict.fromkeys(modes))} cannot go together")
+    for column, file in (("text", "reviews"), ("label", "reviews"), ("series", "series")):
+        if getattr(options, f"{column}_column") and getattr(options, file) is None and not options.predict:
+            raise InputError(f"--{column}-column goes with --{file} or --predict")
     options.seeds = list(dict.fromkeys(options.seeds or (DEFAULT_SEEDS[:1] if options.quick else DEFAULT_SEEDS)))
     options.tasks = [name for name in TASKS if name in options.tasks]
     names = [name for name in MODEL_NAMES if name in options.models]
     options.models = [name + MATCHED * (options.match == "params" and name != "LSTM") for name in names]
     files = {task.name: getattr(options, task.file_option) for task in TASKS.values()}
+    if options.window and not {PREDICTOR.name, FORECASTER.name} & {*options.tasks}:
+        raise InputError("--window is for predictor and forecaster, which --tasks leaves out")
     options.files = {task: path for task, path in files.items() if path is not None}
     for task in options.files:
         if task not in options.tasks:
             raise InputError(f"--{TASKS[task].file_option} is for the task {task}, which --tasks leaves out")
-    if options.series_column and not (options.series or options.predict):
-        raise InputError("--series-column goes with --series or --predict")
     stems = [re.sub(r"(\.csv|\.txt)?(\.gz)?$", "", Path(name).name) for name in options.files.values()]
     default = "quick" if options.quick else "_".join(["own", *stems]) if stems else ""
     options.output_dir = options.output_dir or Path("outputs", default)
     return options
+
+
+def configure(options: argparse.Namespace) -> Config:
+    """The configuration of each task that the options ask for; raises InputError."""
+    config = dict(QUICK if options.quick else DEFAULT)
+    columns = {CLASSIFIER.name: (options.text_column, options.label_column), FORECASTER.name: (options.series_column,)}
+    for name, task in config.items():
+        changes = {"training": replace(task.training, epochs=options.epochs or task.training.epochs)}
+        given = {TASKS[name].file_option: options.files.get(name), "epochs": options.epochs}
+        if name in options.files:
+            changes["file"] = user_file(options.files[name], [column or "" for column in columns.get(name, ())])
+        for knob in ("hidden_dim", "window"):
+            if getattr(options, knob) and hasattr(task, knob):
+                given[knob.replace("_", "-")] = changes[knob] = getattr(options, knob)
+        if options.learning_rate:
+            changes["learning_rates"] = LearningRates(*[options.learning_rate] * len(LearningRates._fields))
+        spelled = ["--quick"] * options.quick + [f"--{key} {value}" for key, value in given.items() if value]
+        config[name] = replace(task, options=" ".join(spelled) or "no options", **changes)
+    return config
 
 
 def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -2411,7 +2704,7 @@ def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 def make_folders(directory: Path, more: Sequence[str] = ()) -> None:
     """Make the output directory; raise OSError, before any training, if files cannot be written to it."""
     try:
-        for folder in (directory, *(directory / name for name in ("runs", "models", *more))):
+        for folder in (directory, *(directory / name for name in ("runs", "models", "predictions", *more))):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -2447,8 +2740,7 @@ def run_jobs(
             cost, training = costs[job.task][job.model], config[job.task].training
             batches = cost["batches_per_epoch"] * training.epochs
             expected[job] = batches * cost["ms_per_step"] / 1000, batches
-    hours, minutes = divmod(math.ceil(sum(seconds for seconds, _ in expected.values()) / workers / 60), 60)
-    estimate = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    estimate = tqdm.format_interval(sum(seconds for seconds, _ in expected.values()) / workers)
     runs = f"{sum(job.model != BASELINES for job in jobs)} {'tuning ' * jobs[0].tuning}runs on {device}"
     print(f"{runs}, {workers} at a time with a thread each: about {estimate} if all epochs are used", file=sys.stderr)
     # a seed's longest first
@@ -2482,13 +2774,13 @@ def tune(
         new = [Job(task, model, seed, rate, True) for task, model, rate in more for seed in options.seeds]
         failures += run_jobs(new, options, config, device, measure).values()
         jobs += new
-        table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True))
+        table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True)[0])
         best = table[table["chosen"]].drop_duplicates(["task", "model"])
         rates = {(row.task, row.model): row.learning_rate for row in best.itertuples()}
         more = [(*model, outwards[rate]) for model, rate in rates.items() if rate in outwards]
         outwards = {}
     write_whole(options.output_dir / "pytorch_rnn_tuning.csv", table.to_csv(index=False))
-    draw(options.output_dir / "pytorch_rnn_learning_rates.png", partial(learning_rates_figure, table))
+    draw(options.output_dir, {"learning_rates": partial(learning_rates_figure, table)})
     for task, model in models:
         found = f"{rates[task, model]:g}" if (task, model) in rates else "none: training failed at every rate"
         print(f"learning rate of {task} {model}: {found}", file=sys.stderr)
@@ -2497,13 +2789,14 @@ def tune(
 
 def train(options: argparse.Namespace, config: Config, device: torch.device) -> int:
     """Every run that the options ask for; returns how many failed."""
-    for task in options.files:  # what cannot be used is to be said before anything else
-        cached_data(task, config[task], options.seeds[0], device)
+    look = []  # at the data; what cannot be used is to be said before anything else
+    for name in options.tasks:
+        data = cached_data(name, config[name], options.seeds[0], device)
+        about = f"{TASKS[name].title}, the data of seed {options.seeds[0]}: {facts_text(data.facts)}"
+        look += textwrap.wrap(about, 79) + [f"    {' '.join(sample.split())}"[:76] for sample in data.samples]
+        look += [f"note: {doubt}" for doubt in data.doubts]
     make_folders(options.output_dir, ["runs/tuning"] * options.tune)
-    print(
-        f"{', '.join(options.tasks)} x {', '.join(options.models)} x seeds {', '.join(map(str, options.seeds))}",
-        file=sys.stderr,
-    )
+    print(*look, sep="\n", file=sys.stderr)
     measure = cache(partial(all_costs, options, config, device, steps=2, rounds=2))  # once, for tuning and comparison
     models = [(task, model) for task in options.tasks for model in options.models]
     rates = {(task, model): getattr(config[task].learning_rates, base_name(model)) for task, model in models}
@@ -2515,54 +2808,67 @@ def train(options: argparse.Namespace, config: Config, device: torch.device) -> 
     return failed + len(run_jobs(jobs, options, config, device, measure)) + len(models) - len(rates)
 
 
-def draw(path: Path, figure: Callable[[], Figure | None]) -> bool:
-    """Write what `figure` draws, if anything; returns whether it could be drawn: a figure must not cost the others."""
-    try:
-        with rc_context(STYLE):
-            if drawn := figure():
-                drawn.savefig(content := io.BytesIO(), format="png")
-    except Exception as error:
-        print(f"failed: {path.name} could not be drawn: {first_line(error)}", file=sys.stderr)
-        return False
-    if drawn:
-        write_whole(path, content.getvalue())
-    return True
+def draw(output_dir: Path, figures: Mapping[str, Callable[[], Figure | None]]) -> tuple[dict[str, Figure], int]:
+    """Draw and write what there is to draw; returns the figures, and how many failed: one must not cost the others."""
+    drawn, failed = {}, 0
+    for name, make in figures.items():
+        try:
+            with rc_context(STYLE):
+                if figure := make():
+                    figure.savefig(content := io.BytesIO(), format="png")
+                    drawn[name] = figure
+        except Exception as error:
+            failed += 1
+            print(f"failed: pytorch_rnn_{name}.png could not be drawn: {first_line(error)}", file=sys.stderr)
+        if name in drawn:
+            write_whole(output_dir / f"pytorch_rnn_{name}.png", content.getvalue())
+    return drawn, failed
 
 
-def report(config: Config, output_dir: Path) -> bool:
-    """Tables and figures from the records in `output_dir`; returns whether all could be drawn."""
-    records = read_records(output_dir, config)
+class Results(NamedTuple):
+    """What `run` returns."""
+
+    table: pd.DataFrame  # every score in long form: task, name, kind, seed, subset, metric, value
+    figures: Mapping[str, Figure]  # by the names of their files, without what all begin with
+    failed: int = 0  # how many runs and figures failed; each was named
+
+
+def report(config: Config, output_dir: Path) -> Results:
+    """Tables and figures from the records in `output_dir`."""
+    records, others = read_records(output_dir, config)
     trained = [record for record in records if "history" in record]
     if not trained:
-        where = f"no records in {output_dir / 'runs'} of trained models with the configuration asked for"
-        raise InputError(f"{where}; train first, and give the same --quick, --epochs and files")
-    results, runs, models = results_table(records), runs_table(trained), models_table(trained)
-    comparisons, summary = compare(results), summarise(results[results["subset"] == ALL])
-    tables = {"runs": runs, "comparisons": comparisons}
+        where = f"no records in {output_dir / 'runs'} of trained models with the configuration asked for; train first"
+        raise InputError(where + f" (the folder holds runs of: {'; '.join(sorted(others))})" * bool(others))
+    results, runs = results_table(records), runs_table(trained)
+    models, verdicts = runs.drop_duplicates(["task", "model"], ignore_index=True), compare(results)
+    summary = summarise(results[results["subset"] == ALL])
+    tables = {"runs": runs[RUN_COLUMNS], "comparisons": verdicts, "history": history_table(trained)}
     tables["summary"] = summary[summary["metric"].isin(CSV_METRICS)].drop(columns="subset")
-    tables["costs"] = models[["task", "model", "parameters", "recurrent_parameters", *COST_COLUMNS]]
+    tables["costs"] = models[["task", "model", *PARAMETERS, *COST_COLUMNS]]
     for name, table in tables.items():
         write_whole(output_dir / f"pytorch_rnn_{name}.csv", table.to_csv(index=False))
-    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, results, comparisons))
     figures = {
         "long_range": partial(long_range_figure, trained, results),
         "parameter_counts": partial(parameters_figure, models),
         "architectures": partial(architectures_figure, trained),
-        "performance_summary": partial(performance_figure, results, runs, models),
+        "performance_summary": partial(performance_figure, results, runs),
     }
-    for task in tasks_in(results):
+    texts = {}
+    for task in (TASKS[name] for name in models["task"].unique()):
         of_task = [record for record in trained if record["task"] == task.name]
+        both = [record for record in records if record["task"] == task.name]
+        texts[task.name] = task_text(task, both, results, runs, verdicts)
         figures[f"{task.name}_training_history"] = partial(training_history_figure, of_task, task)
         if "forecasts" in of_task[0]["evidence"]:
             figures["time_series_predictions"] = partial(forecasts_figure, of_task, results)
-    drawn = [draw(output_dir / f"pytorch_rnn_{name}.png", figure) for name, figure in figures.items()]
-    for task in tasks_in(results):
-        print(f"\n{task.title} (test split)\n")
-        print(performance_table(results, runs, task).to_string(index=False))
-        print("", *findings(results, comparisons, task), sep="\n")
-    print(f"\nParameters\n\n{models[['task', 'model', *PARTS, 'parameters']].to_string(index=False)}")
+        if "confusion" in of_task[0]["evidence"]:
+            figures[f"{task.name}_errors"] = partial(errors_figure, of_task)
+    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, texts, runs))
+    drawn, failed = draw(output_dir, figures)
+    print(*texts.values(), f"## Parameters\n\n{markdown(models[['task', 'model', *PARTS, 'parameters']])}", sep="\n\n")
     print(f"\nTables, figures, records and models are in {output_dir.resolve()}")
-    return all(drawn)
+    return Results(results, drawn, failed)
 
 
 def benchmark(options: argparse.Namespace, config: Config, device: torch.device) -> None:
@@ -2577,8 +2883,10 @@ def benchmark(options: argparse.Namespace, config: Config, device: torch.device)
     print(table.assign(overhead=table["overhead"].map("{:+.1%}".format)).to_string(index=False))
 
 
-def obey(options: argparse.Namespace) -> int:
-    """Do what the options ask for; returns the exit status."""
+def obey(options: argparse.Namespace) -> Results | None:
+    """Do what the options ask for; returns what came out, or None where there is nothing to show."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a child that imports the user's script
+        os._exit(NO_GUARD)
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = ("cuda" if there["cuda"] else "cpu") if options.device == "auto" else options.device
     if not there[name]:
@@ -2587,28 +2895,28 @@ def obey(options: argparse.Namespace) -> int:
     prepare_device(device := torch.device(name))
     if options.predict:
         path, source = options.predict
-        model = load_checkpoint(path)
-        if source == "-":
-            source = sys.stdin.buffer.read().decode(errors="replace")
-        elif os.path.exists(source):  # noqa: PTH110 (Path's raises if a text is too long for a name)
-            source = read_text(source)
-        elif re.search(r"\.(txt|csv|tsv|xlsx?|gz)$", source):
-            raise InputError(f"{source}: no such file")
-        print(model.describe(source, options))
-        return 0
-    config = dict(QUICK if options.quick else DEFAULT)
-    for name, path in options.files.items():
-        column = options.series_column if name == FORECASTER.name else None
-        config[name] = replace(config[name], file=user_file(path, column))
-    if options.epochs:
-        config = {name: replace(c, training=replace(c.training, epochs=options.epochs)) for name, c in config.items()}
+        print(load_checkpoint(path).describe(source, options))
+        return None
+    config = configure(options)
     if options.benchmark:
         benchmark(options, config, device)
-        return 0
+        return None
     failed = 0 if options.report else train(options, config, device)
-    if failed and not any("history" in record for record in read_records(options.output_dir, config)):
-        return 1  # each failure was named
-    return 0 if report(config, options.output_dir) and not failed else 1
+    if failed and not any("history" in record for record in read_records(options.output_dir, config)[0]):
+        raise RuntimeError("no run came to its end")  # each failure was named
+    results = report(config, options.output_dir)
+    return results._replace(failed=results.failed + failed)
+
+
+def run(**options: object) -> Results | None:
+    """The experiment from Python: run(tasks=["classifier"], seeds=[1, 2], quick=True) takes the options of the command
+    line, with underscores, and returns the scores and the figures. Raises InputError, RuntimeError, OSError."""
+    argv = []
+    for name, value in options.items():
+        values = value if isinstance(value, (list, tuple, range)) else [value] * (value is not True)
+        if value is not None and value is not False:
+            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return obey(parse_args(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2622,7 +2930,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     before = signal.signal(signal.SIGTERM, interrupt) if listens else None
     try:
-        return obey(parse_args(argv))
+        results = obey(parse_args(argv))
+        return 1 if results and results.failed else 0
     except SystemExit:  # --help
         return 0
     except InputError as error:

@@ -1,0 +1,303 @@
+"""A user's own files and questions: spreadsheets, doubts in words, labels, predictions, results in Python."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+import pytorch_rnn_models as rnn
+from conftest import ROOT
+from test_own_data import BAD, GOOD, reviews_csv, series_csv
+
+ONE = ["--quick", "--models", "GRU", "--epochs", "1", "--workers", "1", "--output-dir"]
+
+
+def stars_csv(n=150):
+    """Reviews with ratings 1 to 5, each with words of its own."""
+    words = ["awful", "poor", "fair", "good", "superb"]
+    return "review;stars\n" + "\n".join(f"It was {words[i % 5]}, number {i};{i % 5 + 1}.0" for i in range(n))
+
+
+def monthly_csv(n=144):
+    """A short series with a trend, a season of twelve and a decimal comma."""
+    months = pd.period_range("1949-01", periods=n, freq="M")
+    values = 100 + 2 * np.arange(n) + 30 * np.sin(np.arange(n) * 2 * np.pi / 12)
+    return "month;passengers\n" + "\n".join(f"{m};{v:.1f}".replace(".", ",") for m, v in zip(months, values))
+
+
+@pytest.fixture
+def run_on(tmp_path, capsys, no_figures):
+    """Runs one quick model on a file; returns what was printed and the output folder."""
+
+    def go(option, content, *more):
+        (tmp_path / "my.csv").write_text(content, encoding="utf-8")
+        task = {"reviews": "classifier", "series": "forecaster", "corpus": "predictor"}[option]
+        arguments = [f"--{option}", str(tmp_path / "my.csv"), "--tasks", task, *more]
+        assert rnn.main([*ONE, str(tmp_path / "out"), *arguments]) == 0
+        return capsys.readouterr(), tmp_path / "out"
+
+    return go
+
+
+# --- spreadsheets as they come --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "names"),
+    [
+        ("Text,Label\na,pos\nb,neg\n", (), ["neg", "pos"]),
+        ("review,sentiment\na,Positive\nb,negative\nc,positive\n", (), ["negative", "positive"]),
+        ("review;stars\na;5\nb;1\nc;10\n", (), ["1", "5", "10"]),
+        ("id,body,mark\n1,a,0\n2,b,1.0\n3,c,1\n", ("body", "mark"), ["0", "1"]),
+    ],
+)
+def test_reviews_under_the_usual_names_or_the_named_ones(text, columns, names):
+    reviews = rnn.read_reviews(text, *columns)
+    assert list(reviews.names) == names and reviews.texts[:2] == ["a", "b"]
+    assert sorted(set(reviews.labels)) == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text,review,label\na,b,1\n", "2 columns, text, review, may be meant; name one with --text-column"),
+        ("text,mark\na,1\n", "no column 'label'; its columns are text, mark; name one with --label-column"),
+        ("text,label\na,1\nb,\n", "row 3 holds no label"),
+        (",".join(f"c{i}" for i in range(30)), "c8, c9, ... (30 in all)"),
+        ("text,label\n" + "\n".join(f"a{i},l{i}" for i in range(30)), "... (30 in all)); two to 20 labels are needed"),
+    ],
+)
+def test_what_is_ambiguous_in_reviews_is_named(text, message):
+    with pytest.raises(rnn.InputError, match=re.escape(message)):
+        rnn.read_reviews(text)
+
+
+def test_decimal_commas_need_another_separator():
+    values, doubts = rnn.read_series("day;t\nmon;1,5\ntue;-2,25\nwed;3\n")
+    assert values.tolist() == [1.5, -2.25, 3] and not doubts
+    with pytest.raises(rnn.InputError, match=re.escape("2 numeric columns among 1, 2 (separated by commas)")):
+        rnn.read_series("1,5\n2,5\n")
+
+
+def test_an_excel_file_is_named_as_such(tmp_path):
+    path = tmp_path / "my.xlsx"
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(rnn.InputError, match=re.escape("save the sheet as CSV")):
+        rnn.user_file(str(path))
+
+
+def test_predict_puts_the_answer_beside_each_text_of_a_csv(run_on, capsys, tmp_path):
+    _, out = run_on("reviews", reviews_csv())
+    checkpoint = out / "models" / "classifier_GRU_seed42.pt"
+    (tmp_path / "new.csv").write_text('id,Text\n1,"It was fine,\nall of it"\n2,dull\n3,\n', encoding="utf-8")
+    assert rnn.main(["--predict", str(checkpoint), str(tmp_path / "new.csv")]) == 0
+    (tmp_path / "answers.csv").write_text(capsys.readouterr().out)
+    answers = pd.read_csv(tmp_path / "answers.csv")
+    assert list(answers) == ["label", "probability", "text"]
+    assert answers["text"].tolist()[:2] == ["It was fine,\nall of it", "dull"] and answers["label"].tolist()[2] == "-"
+
+
+# --- what may mislead -----------------------------------------------------------------
+
+
+def test_dates_that_fall_and_a_last_row_of_totals_are_said():
+    rows = [f"{day:%d/%m/%Y},{i % 7}" for i, day in enumerate(pd.date_range("2020-01-01", periods=60))]
+    assert rnn.read_series("\n".join(["day,t", *rows]))[1] == []
+    _, [fall] = rnn.read_series("\n".join(["day,t", *rows[::-1]]))
+    assert "the dates fall at row 3;" in fall
+    _, [total] = rnn.read_series("\n".join(["day,t", *rows, "Total,180"]))
+    assert "the last row says 'Total'" in total
+
+
+def test_a_test_part_outside_the_training_range_is_said_on_terminal_and_in_the_summary(run_on):
+    trend = "t\n" + "\n".join(f"{i + np.sin(i):.3f}" for i in range(600))
+    (_, progress), out = run_on("series", trend)
+    said = "100% of the test part's values lie outside those of the training part"
+    assert f"note: {said}" in progress
+    summary = (out / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    assert f"- Note: {said}" in " ".join(summary.split())
+
+
+def test_a_model_used_on_values_far_from_its_training_says_so(run_on, capsys, tmp_path):
+    _, out = run_on("series", series_csv())
+    for content, notes in ((series_csv(), 0), ("t\n" + "9999\n10000\n" * 30, 1)):
+        (tmp_path / "other.csv").write_text(content)
+        checkpoint = out / "models" / "forecaster_GRU_seed42.pt"
+        assert rnn.main(["--predict", str(checkpoint), str(tmp_path / "other.csv"), "--length", "2"]) == 0
+        assert capsys.readouterr().err.count("far from those of training") == notes
+
+
+def test_a_classifier_no_better_than_the_majority_and_a_cap_on_epochs_are_said(run_on):
+    rows = [f"It was {(GOOD, BAD)[i % 20 == 0][i % 4]}, number {i},{('pos', 'neg')[i % 20 == 0]}" for i in range(200)]
+    printed, out = run_on("reviews", "text;label\n" + "\n".join(rows).replace(",pos", ";pos").replace(",neg", ";neg"))
+    for text in (printed.out, (out / "pytorch_rnn_summary.md").read_text(encoding="utf-8")):
+        text = " ".join(text.split())
+        assert "GRU knows little more than how frequent the labels are" in text
+        assert "1 of 1 runs ended at the cap on epochs" in text
+
+
+# --- labels ---------------------------------------------------------------------------
+
+
+def test_five_labels_go_from_file_to_figures(tmp_path, capsys):
+    (tmp_path / "stars.csv").write_text(stars_csv())
+    results = rnn.run(tasks=["classifier"], models=["LSTM", "GRU"], reviews=tmp_path / "stars.csv", quick=True,
+                      epochs=30, learning_rate=0.02, output_dir=tmp_path / "out", workers=1)  # fmt: skip
+    assert results.failed == 0 and isinstance(results.figures["classifier_errors"], Figure)
+    model = rnn.load_checkpoint(tmp_path / "out" / "models" / "classifier_GRU_seed42.pt")
+    assert model.head[0].out_features == 5 and model.preprocessing["labels"] == ["1", "2", "3", "4", "5"]
+    assert model.predict("It was superb")[0][0] == "5" and model.predict("It was awful")[0][0] == "1"
+    first = results.table.query("subset == 'all' and metric == 'accuracy'").set_index("name")["value"]
+    assert first["GRU"] > 0.9 and first["naive Bayes"] > 0.9 and first["majority class"] <= 0.25
+    text = (tmp_path / "out" / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    assert re.search(r"\| GRU +\| 5 +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\|", text) and "mean of the labels" in text
+
+
+def test_every_split_has_its_share_of_each_label(tmp_path):
+    rows = [f"{' '.join(GOOD)} {i};{'rare' if i % 10 == 0 else 'usual'}" for i in range(200)]
+    (tmp_path / "my.csv").write_text("text;label\n" + "\n".join(rows))
+    config = replace(rnn.QUICK["classifier"], file=rnn.user_file(str(tmp_path / "my.csv")))
+    for seed in range(3):
+        data = rnn.build_reviews(config, seed)
+        for split in (data.train, data.validation, data.test):
+            assert (split.targets == 0).float().mean().item() == pytest.approx(0.1, abs=0.04)
+
+
+def test_precision_recall_and_f1_are_those_of_the_definition():
+    evidence = {"labels": ["a", "b"], "confusion": [[8, 2], [1, 9]]}
+    table = rnn.label_scores([{"model": "GRU", "evidence": evidence}]).set_index("label")
+    assert table.loc["a"].tolist()[1:] == pytest.approx([8 / 9, 0.8, 16 / 19])
+    assert table.loc["mean of the labels", "recall"] == pytest.approx(0.85)
+
+
+# --- results to work with -------------------------------------------------------------
+
+
+def test_predictions_agree_with_the_scores(quick_run):
+    for path in sorted((quick_run / "runs").glob("*_[RLG]*.json")):
+        record, found = json.loads(path.read_text()), pd.read_csv(quick_run / "predictions" / f"{path.stem}.csv")
+        if record["task"] == "forecaster":
+            assert list(found) == ["window", "truth", "answer", "error"]
+            assert (found["error"] ** 2).mean() == pytest.approx(record["test"]["mse"], rel=1e-4)
+            assert len(found["window"][0].split()) == 50
+        else:
+            assert list(found) == ["text", "truth", "answer", "probability"]
+            assert (found["truth"] == found["answer"]).mean() == pytest.approx(record["test"]["accuracy"])
+            assert found["probability"].between(0, 1).all()
+
+
+def test_history_is_a_table(quick_run):
+    table = pd.read_csv(quick_run / "pytorch_rnn_history.csv")
+    assert list(table) == ["task", "model", "seed", "epoch", "split", "metric", "value"]
+    runs = pd.read_csv(quick_run / "pytorch_rnn_runs.csv").set_index(["task", "model"])
+    best = table.query("split == 'validation' and metric == 'loss'").groupby(["task", "model"])["value"].min()
+    assert best.to_numpy() == pytest.approx(runs.loc[best.index, "val_loss"].to_numpy())
+
+
+def test_numbers_are_written_as_people_write_them():
+    assert [rnn.plain(x, d) for x, d in ((110.4, 2), (0.03905, 3), (1234.4, 4), (0.5, 2))] == [
+        *("110", "0.0391", "1234", "0.50")
+    ]
+    accuracy, perplexity = rnn.PREDICTOR.metrics[0], rnn.PREDICTOR.metrics[2]
+    assert accuracy.show(0.761, 0.0123) == "76.1 % ± 1.2" and accuracy.show(0.5, 0.0) == "50.0 %"
+    assert perplexity.show(212.3, 1e-13) == "212"
+
+
+def test_perplexity_and_baselines_have_their_verdicts(quick_run):
+    table = pd.read_csv(quick_run / "pytorch_rnn_comparisons.csv")
+    found = table.query("task == 'predictor' and metric == 'perplexity' and b in ['bigram', 'trigram']")
+    assert found["a"].tolist() == ["RNN", "LSTM", "GRU"] and found["verdict"].str.contains("in perplexity").all()
+
+
+def test_the_terminal_shows_the_data_and_fits_80_columns(run_on):
+    (printed, progress), out = run_on("series", monthly_csv())
+    assert max(map(len, printed.splitlines()[:-1])) <= 80
+    assert "season (steps) 12" in progress and "window (steps) 14" in progress
+    assert "144 values are few: windows of 14 steps in place of 50" in progress
+    assert "run 1 of 1, " in progress and "100 117 130" in progress
+    assert "Time-series forecasting: my.csv" in printed
+
+
+def test_a_smooth_series_has_no_season_of_two_steps():
+    walk = np.cumsum(np.random.default_rng(0).normal(size=2000))
+    days = np.sin(np.arange(2000) * 2 * np.pi / 24) + 0.01 * walk
+    assert rnn.season_of(rnn.SeriesDataset(days, 50)) == 24
+    line = rnn.SeriesDataset(np.linspace(0, 1, 500), 50)
+    assert rnn.season_of(line) is None
+    assert [r.name for r in rnn.series_baselines(line, line)] == ["persistence", "linear autoregression"]
+
+
+def test_activations_do_not_depend_on_the_seed():
+    task, config = rnn.CLASSIFIER, rnn.QUICK["classifier"]
+    found = set()
+    for seed in (1, 2):
+        data = task.build_data(config, seed)
+        models = {"GRU": rnn.build_model(task, "GRU", config, data, 0)[0]}
+        found.add(rnn.measure_costs(task, models, config.training, data, 1, 1)["GRU"]["activation_bytes"])
+    assert len(found) == 1
+
+
+# --- knobs, folders, Python -----------------------------------------------------------
+
+
+def test_knobs_are_in_the_record_and_in_what_a_folder_is_said_to_hold(tmp_path, capsys, no_figures):
+    arguments = [*ONE[:-1], "--tasks", "forecaster", "--hidden-dim", "7", "--window", "20", "--learning-rate", "0.05"]
+    assert rnn.main([*arguments, "--output-dir", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "runs" / "forecaster_GRU_seed42.json").read_text())
+    assert record["configuration"]["hidden_dim"] == 7 and record["configuration"]["window"] == 20
+    assert record["learning_rate"] == 0.05 and record["input_shape"] == [20, 1]
+    capsys.readouterr()
+    assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "the folder holds runs of: --quick --epochs 1 --hidden-dim 7 --window 20" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning-rate", "0"], "'0' is not a number from 1e-06 to 1"),
+        (["--learning-rate", "fast"], "'fast' is not a number"),
+        (["--hidden-dim", "0"], "'0' is not a whole number of 1 or more"),
+        (["--tune", "--learning-rate", "0.1"], "--tune and --learning-rate cannot go together"),
+        (["--text-column", "x"], "--text-column goes with --reviews or --predict"),
+        (["--window", "5", "--tasks", "classifier"], "--window is for predictor and forecaster"),
+        ("--quick", "the options are a list, as in main(['--quick'])"),
+    ],
+)
+def test_knobs_are_checked(arguments, message, capsys):
+    assert rnn.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_run_returns_the_scores_and_the_figures(tmp_path, capsys):
+    results = rnn.run(tasks=["forecaster"], models=["RNN"], seeds=[1, 2], quick=True, output_dir=tmp_path)
+    assert list(results.table) == ["task", "name", "kind", "seed", "subset", "metric", "value"]
+    assert set(results.table["seed"]) == {1, 2} and results.failed == 0
+    assert set(results.figures) >= {"performance_summary", "time_series_predictions"}
+    with pytest.raises(rnn.InputError, match="invalid choice"):
+        rnn.run(tasks=["forecast"])
+
+
+def test_a_script_without_a_guard_is_one_clear_line(tmp_path):
+    script = tmp_path / "script.py"
+    call = (
+        "import pytorch_rnn_models as m, sys\nsys.exit(m.main(['--quick', '--tasks', 'forecaster', '--workers', '2']))"
+    )
+    script.write_text(call)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("9 runs") + done.stderr.count("3 runs") == 1, "everything begins once"
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("pytorch_rnn_models.py: ") and '`if __name__ == "__main__":`' in last
+    assert "Traceback" not in done.stderr
+    shutil.rmtree(tmp_path / "outputs")
