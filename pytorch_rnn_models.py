@@ -783,9 +783,8 @@ def series_baselines(train: SeriesDataset, test: SeriesDataset) -> list[Referenc
     targets = train.targets.cpu()[::step].double()
     # in torch, on one thread: NumPy's last digits depend on the number of its threads; gelsd takes any rank
     weights = torch.linalg.lstsq(design, targets, driver="gelsd").solution[:, 0]
-    chunks = windows.split(MOST_WINDOWS)  # in pieces: windows are views, their products are not
     forecasts = {"persistence": windows[:, -1]} | ({"seasonal naive": windows[:, -season]} if season else {})
-    forecasts["linear autoregression"] = torch.cat([chunk.double() @ weights[:-1] + weights[-1] for chunk in chunks])
+    forecasts["linear autoregression"] = windows.double() @ weights[:-1] + weights[-1]
     errors = {name: (forecast - test.targets[:, 0].cpu()).numpy() for name, forecast in forecasts.items()}
     return [Reference(name, "baseline", error**2, np.abs(error)) for name, error in errors.items()]
 
@@ -1278,9 +1277,9 @@ class Metric:
         spread = f"{100 * std:.1f}" if self.is_share else f"{std:.{decimals(mean, digits)}f}"
         return number if not std > 1e-9 * abs(mean) or not float(spread) else f"{number} ± {spread}"
 
-    def difference(self, value: float) -> str:
-        """A difference as a person reads it: shares in points of a hundred, the rest to two digits."""
-        return f"{100 * value:.1f}" if self.is_share else plain(value, 2)
+    def difference(self, value: float, scale: float) -> str:
+        """A difference as a person reads it: shares in points of a hundred, the rest with two digits of `scale`."""
+        return f"{100 * value:.1f}" if self.is_share else f"{value:.{decimals(scale, 2)}f}"
 
 
 @dataclass(frozen=True)
@@ -1449,16 +1448,15 @@ def train_epoch(
     optimizer: optim.Optimizer,
     loader: DataLoader,
     training: Training,
-    progress: Watch = lambda *_: None,
-    earlier: int = 0,
+    done: Callable = int,
 ) -> list[float]:
-    """One pass over the data, after `earlier` batches; returns the means of loss, score and norm before clipping."""
+    """One pass over the data; returns the means of loss, score and norm before clipping. `done` hears of each batch."""
     model.train()  # the means stay on the device: one transfer an epoch, not three a step
     means, seen = torch.zeros(3, device=next(model.parameters()).device), 0
-    for batches, batch in enumerate(loader, start=earlier + 1):
+    for batches, batch in enumerate(loader, start=1):
         seen += len(batch[1])
         means += (train_step(model, task, optimizer, batch, training) - means) * (len(batch[1]) / seen)
-        progress(batches, None)
+        done(batches)
     return means.tolist()
 
 
@@ -1495,7 +1493,8 @@ def fit(
     stopper, history, best_weights = EarlyStopping(training.patience), [], {}
     for epoch in range(1, training.epochs + 1):
         start, rate, earlier = time.perf_counter(), optimizer.param_groups[0]["lr"], (epoch - 1) * len(batches)
-        loss, score, norm = train_epoch(model, task, optimizer, loader, training, progress, earlier)
+        done = lambda batches, earlier=earlier: progress(earlier + batches, None)  # noqa: E731
+        loss, score, norm = train_epoch(model, task, optimizer, loader, training, done)
         validation = evaluate(model, task, data.validation)
         row = {"epoch": epoch, "learning_rate": rate, "gradient_norm": norm, "seconds": time.perf_counter() - start}
         row |= {"train": task.measure(loss, score, data.unit), "validation": task.measure(**validation, unit=data.unit)}
@@ -1545,16 +1544,6 @@ def kernel_name(model: nn.Module, inputs: Tensor) -> str:
     return "cuDNN" if "CudnnRnn" in names else "oneDNN" if "MkldnnRnn" in names else "generic"
 
 
-def bare_epoch(model: nn.Module, task: Task, optimizer: optim.Optimizer, batches: Sequence[Batch]) -> None:
-    """The least that training is: forward, backward and step on batches that are ready."""
-    for inputs, targets in batches:
-        optimizer.zero_grad(set_to_none=True)
-        loss = task.loss(model(inputs), targets).mean()
-        loss.backward()
-        optimizer.step()
-    loss.item()  # waits for the device
-
-
 def measure_costs(
     task: Task, models: Mapping[str, nn.Module], training: Training, data: TaskData, steps: int, rounds: int
 ) -> dict[str, dict]:
@@ -1573,10 +1562,19 @@ def measure_costs(
     inputs, targets = data.train.inputs[:size], data.train.targets[:size]
     longest = inputs.new_ones(size, length or data.preprocessing["window"], *inputs.shape[2:]), targets
     loops, times, costs = {}, defaultdict(list), {}
+
+    def bare_epoch(model: nn.Module, optimizer: optim.Optimizer, batches: Sequence[Batch]) -> None:
+        for inputs, targets in batches:  # the least that training is: forward, backward and step
+            optimizer.zero_grad(set_to_none=True)
+            loss = task.loss(model(inputs), targets).mean()
+            loss.backward()
+            optimizer.step()
+        loss.item()  # waits for the device
+
     for name, model in models.items():
         optimizer = new_optimizer(model, training)
-        bare_epoch(model, task, optimizer, ready[-1:])
-        loops[name, "bare"] = partial(bare_epoch, model, task, optimizer, ready)
+        bare_epoch(model, optimizer, ready[-1:])
+        loops[name, "bare"] = partial(bare_epoch, model, optimizer, ready)
         loops[name, "full"] = partial(train_epoch, model, task, optimizer, loader, training)
     for turn in range(rounds):
         for key in [(name, kind) for name in models for kind in ("bare", "full")[:: (-1) ** turn]]:
@@ -1620,31 +1618,25 @@ def forecasts(model: Forecaster, data: TaskData, shown: int = 120, horizon: int 
     found = {"truth": data.test.targets[:shown, 0], "forecast": model.roll_forward(data.test.inputs[:shown], 1)[:, 0]}
     found |= {"free_truth": truth[0], "free_forecast": free[0]}
     found = {name: (values * data.unit + data.offset).tolist() for name, values in found.items()}
-    held = windows[:, -1]  # (O, 1): persistence forecasts the last value observed
-    found |= {
-        name: (((values - truth) ** 2).mean(dim=0) * data.unit**2).tolist()
-        for name, values in (("free_mse", free), ("persistence_mse", held))
-    }
+    for name, values in (("free_mse", free), ("persistence_mse", windows[:, -1])):  # (O, horizon), (O, 1)
+        found[name] = (((values - truth) ** 2).mean(dim=0) * data.unit**2).tolist()
     return found | {"variance": data.test.targets.var().item() * data.unit**2}
 
 
-# task: (task, trained model, untrained model, data, predictions) -> what a record holds beside the scores
-EVIDENCE = {
-    CLASSIFIER.name: lambda task, trained, untrained, data, predictions: {
-        "gradient": gradient_by_step(trained, task, data),
-        "initial_gradient": gradient_by_step(untrained, task, data),
-        "labels": (labels := data.preprocessing["labels"]),
-        "confusion": [
-            [int(n) for n in row]
-            for row in pd.crosstab(predictions["truth"], predictions["answer"])
-            .reindex(index=labels, columns=labels, fill_value=0)
-            .to_numpy()
-        ],
-    },
-    PREDICTOR.name: lambda task, trained, untrained, data, predictions: {},
-    FORECASTER.name: lambda task, trained, untrained, data, predictions: {"forecasts": forecasts(trained, data)},
-}
+def label_evidence(task: Task, trained: nn.Module, untrained: nn.Module, data: TaskData, found: pd.DataFrame) -> dict:
+    """The gradient by time step, after training and before, and the confusion matrix (K, K): truth, answer."""
+    labels = data.preprocessing["labels"]
+    confusion = pd.crosstab(found["truth"], found["answer"]).reindex(index=labels, columns=labels, fill_value=0)
+    gradients = {"gradient": trained, "initial_gradient": untrained}
+    gradients = {name: gradient_by_step(model, task, data) for name, model in gradients.items()}
+    return gradients | {"labels": labels, "confusion": confusion.to_numpy().tolist()}
 
+
+EVIDENCE = {  # task: (task, trained model, untrained model, data, predictions) -> what a record holds beside scores
+    CLASSIFIER.name: label_evidence,
+    PREDICTOR.name: lambda *_: {},
+    FORECASTER.name: lambda _task, trained, _untrained, data, _found: {"forecasts": forecasts(trained, data)},
+}
 
 # ======================================================================================
 # Runs
@@ -2144,19 +2136,17 @@ def compare(results: pd.DataFrame) -> pd.DataFrame:
             differences = (values[a] - values[b]).dropna()
             if not (n := len(differences)):
                 continue
-            mean, unit = (
-                float(differences.mean()),
-                " points" if metric.is_share else f" in {metric.label.split(' (')[0]}",
-            )
+            unit = " points" if metric.is_share else f" in {metric.label.partition(' (')[0]}"
+            mean = float(differences.mean())
             half = student_t(n - 1) * float(differences.std()) / math.sqrt(n) if n > 1 else math.nan
             low, high = mean - half, mean + half
             better, worse = (a, b) if (mean > 0) == metric.higher_is_better else (b, a)
             if mean == 0 or low <= 0 <= high:
-                verdict, ends = f"{a} and {b}: no clear difference, {metric.difference(mean)}{unit}", [low, high]
+                verdict, ends = f"{a} and {b}: no clear difference, {metric.difference(mean, mean)}{unit}", [low, high]
             else:
-                verdict = f"{better} better than {worse} by {metric.difference(abs(mean))}{unit}"
+                verdict = f"{better} better than {worse} by {metric.difference(abs(mean), mean)}{unit}"
                 ends = sorted([abs(low), abs(high)])
-            verdict += " on one seed" if n == 1 else " [{}, {}]".format(*map(metric.difference, ends))
+            verdict += " on one seed" if n == 1 else " [{}, {}]".format(*(metric.difference(x, mean) for x in ends))
             rows.append((task_name, metric_name, a, b, mean, low, high, verdict))
     return pd.DataFrame(rows, columns=["task", "metric", "a", "b", "difference", "low", "high", "verdict"])
 
@@ -2186,9 +2176,8 @@ def performance_tables(results: pd.DataFrame, runs: pd.DataFrame, task: Task) ->
     columns = runs[runs["task"] == task.name].groupby("model", sort=False)
     training = columns["learning_rate"].agg(lambda each: ", ".join(f"{x:g}" for x in sorted({*each}))).to_frame()
     training = training.rename(columns={"learning_rate": "learning rate"})
-    training["best epoch"], training["epochs"], training["seconds"] = (
-        columns[name].mean().map("{:.1f}".format) for name in ("best_epoch", "epochs", "seconds")
-    )
+    for name in ("best_epoch", "epochs", "seconds"):
+        training[name.replace("_", " ")] = columns[name].mean().map("{:.1f}".format)
     means = {kind: sign * cells["mean"] for kind, cells in first.groupby("kind")}
     if means.keys() >= {"baseline", "ceiling"}:
         best, ceiling = means["baseline"].max(), means["ceiling"].iloc[0]
@@ -2254,7 +2243,8 @@ def details_text(records: Records) -> str:
         shown = [each if isinstance(each, str) else plain(each) for each in shown]
         sure = [f" ({row['probability']:.2f})" if "probability" in row else "" for row in rows]
         answers = ", ".join(f"{r['model']} {a}{p}" for r, a, p in zip(same_seed, shown[1:], sure))
-        parts += [f"> {'... ' * (len(text) > 120)}{' '.join(text[-120:].split())}\n>\n> truth: {shown[0]}; {answers}"]
+        words = text.split()
+        parts += [f"> {'... ' * (len(words) > 16)}{' '.join(words[-16:])}\n>\n> truth: {shown[0]}; {answers}"]
     if about := next((record for record in records if "facts" in record), None):
         file = about["configuration"]["file"]
         digest = f", SHA-256 {file['digest'][:12]}..." if file else ""
@@ -2375,7 +2365,7 @@ def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
     errors.plot(np.arange(1, len(held) + 1), held, color=GREY, linewidth=1, label="persistence")
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
     errors.set(title="Free-running error, mean over seeds", ylim=(0, 1.3 * errors.get_ylim()[1]))  # room for the legend
-    errors.legend(loc="upper center", ncols=5)
+    errors.legend(loc="upper center", ncols=6)
     observed = line("observed value", style="", marker="o", markersize=2.5)
     lines = [observed, line("forecast (in the model's colour)", "black")]
     return finish(figure, f"{title_of(records[0])}: forecasts against the truth", lines, 2)
@@ -2393,9 +2383,8 @@ def parameters_figure(models: pd.DataFrame) -> Figure:
             left = left + table[part]
         for row in table.itertuples():
             axes.text(row.parameters, row.model, f" {row.parameters:,} (recurrent {row.recurrent:,})", va="center")
-        axes.set(
-            xlim=(0, 1.35 * table["parameters"].max()), title=f"{table['title'].iloc[0]}, seed {table['seed'].iloc[0]}"
-        )
+        first = table.iloc[0]  # vocabularies differ from seed to seed
+        axes.set(xlim=(0, 1.35 * table["parameters"].max()), title=f"{first['title']}, seed {first['seed']}")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(axis="y", visible=False)
     axes.set_xlabel("trainable parameters")
@@ -2418,9 +2407,8 @@ def architectures_figure(records: Records) -> Figure:
         for x, layer in enumerate([start, *record["layers"]]):  # a box, with an arrow from the one before it
             settings = re.sub(r"(batch_first|inplace|bias)=\w+|in_features=|out_features=", "", layer["settings"])
             settings = ", ".join(part for part in re.split(r",\s*", settings) if part)
-            lines = ["last state" if layer["kind"] == "Recurrent" else layer["kind"]] + [f"({settings})"] * bool(
-                settings
-            )
+            lines = ["last state" if layer["kind"] == "Recurrent" else layer["kind"]]
+            lines += [f"({settings})"] * bool(settings)
             lines += [f"→ ({', '.join(['B', *map(str, layer['shape'])])})"]
             lines += [f"{layer['parameters']:,} weights"] * bool(layer["parameters"])
             box = {"boxstyle": "round,pad=0.4", "edgecolor": shade, "facecolor": "white"}
@@ -2445,9 +2433,8 @@ def performance_figure(results: pd.DataFrame, runs: pd.DataFrame) -> Figure:
         scores.set(title=runs[runs["task"] == task.name]["title"].iloc[0], xlabel=f"test {metric.label}")
         if not metric.higher_is_better:  # errors differ by factors
             scores.set(xscale="log", xlabel=f"test {metric.label}, log scale")
-            scores.xaxis.set_major_locator(
-                LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
-            )  # three or more, however short the axis
+            low, high = scores.get_xlim()
+            scores.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 6, 8)))
             scores.xaxis.set_major_formatter("{x:.2g}")
             scores.xaxis.set_minor_formatter("")
         of_task = runs[runs["task"] == task.name]
@@ -2464,9 +2451,7 @@ def performance_figure(results: pd.DataFrame, runs: pd.DataFrame) -> Figure:
             axes.set(xlabel=label, xlim=(0, max(room * values.max(), 0.1)))
             axes.set_ylim(-0.75, len(values) - 0.25)  # a bar alone is no wider than among others
             axes.grid(axis="y", visible=False)
-    return finish(
-        figure, "Test split, mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), and costs"
-    )
+    return finish(figure, "Test split, mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), costs")
 
 
 def learning_rates_figure(table: pd.DataFrame) -> Figure:
@@ -2479,9 +2464,8 @@ def learning_rates_figure(table: pd.DataFrame) -> Figure:
             of_model = of_model[np.isfinite(of_model["val_loss"])]
             chosen = of_model[of_model["chosen"]]["learning_rate"].unique()
             axes.plot(means, "o-", color=colour(model), markersize=4)
-            axes.plot(
-                of_model["learning_rate"], of_model["val_loss"], ".", color=colour(model), markersize=3, alpha=0.5
-            )
+            each = {"color": colour(model), "markersize": 3, "alpha": 0.5}
+            axes.plot(of_model["learning_rate"], of_model["val_loss"], ".", **each)
             axes.plot(means[chosen], "o", color=colour(model), markersize=11, fillstyle="none")
         rates = sorted(runs["learning_rate"].unique())
         axes.set(title=TASKS[task].title, xscale="log", xlabel="learning rate", ylabel="validation loss")
@@ -2539,9 +2523,8 @@ def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
     if axes := panels.get("distance"):  # accuracy on verbs and objects by that from the subject that determines them
         found = accuracy[PREDICTOR.name].rename("accuracy").reset_index()
         found[["role", "distance"]] = found["subset"].str.extract(r"(\w+) (\d+) words after")
-        found = (
-            found.dropna().astype({"distance": int}).pivot_table("accuracy", ["role", "distance"], "name", sort=False)
-        )
+        found = found.dropna().astype({"distance": int})
+        found = found.pivot_table("accuracy", ["role", "distance"], "name", sort=False)
         found = 100 * found.div(found[FULL_STATE], axis=0)  # verbs and objects have different ceilings
         names = [name for name in found if base_name(name) in COLOURS or name == "trigram"]
         for name, (role, style) in product(names, (("verb", "o-"), ("object", "s:"))):
@@ -2571,13 +2554,6 @@ def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
 # ======================================================================================
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises InputError instead of printing the usage and ending the interpreter."""
-
-    def error(self, message: str) -> None:
-        raise InputError(message)
-
-
 def number(text: str, least: float, most: float = math.inf, kind: type = float) -> float:
     """An argument type: a number of a kind, from `least` to `most`."""
     value = math.nan
@@ -2594,8 +2570,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; raises InputError when they cannot be followed."""
     if isinstance(argv, str):
         raise InputError(f"main({argv!r}): the options are a list, as in main([{argv!r}])")
+
+    def refuse(message: str) -> None:  # argparse would print the usage and end the interpreter
+        raise InputError(message)
+
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser(prog="pytorch_rnn_models.py", description=__doc__.partition("Shapes")[0], **form)
+    about = __doc__.partition("Shapes")[0]
+    parser = argparse.ArgumentParser(prog="pytorch_rnn_models.py", description=about, **form)
+    parser.error = refuse
     whole, positive = (partial(number, least=least, kind=int) for least in (0, 1))
     add = parser.add_argument_group("what is trained").add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="any of %(choices)s")
@@ -2610,18 +2592,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=rate, metavar="X", help="of all models; default: each model's own, as --tune chose it")
     add("--epochs", type=positive, metavar="N", help="cap on epochs; default: by task")
     add("--hidden-dim", type=positive, metavar="N", help="hidden units; default: 100, of the forecaster 32")
-    add(
-        "--window", type=positive, metavar="N", help="words or steps that predictor and forecaster see; default: 10, 50"
-    )
+    add("--window", type=positive, metavar="N", help="words or steps that are seen; default: 10, 50")
     add = parser.add_argument_group("your own data, in place of the generated (.gz works too)").add_argument
     add("--reviews", metavar="FILE.csv", help="for the classifier: a column of texts and one of labels")
     add("--corpus", metavar="FILE.txt", help="for the predictor: plain text, UTF-8")
     add("--series", metavar="FILE.csv", help="for the forecaster: a column of numbers, in order of time")
-    for name, usual in (
-        ("text", "text or review"),
-        ("label", "label or sentiment"),
-        ("series", "the only numeric one"),
-    ):
+    for name, usual in (("text", "text, review"), ("label", "label, sentiment"), ("series", "the only numeric one")):
         add(f"--{name}-column", metavar="NAME", help=f"default: {usual}")
     add = parser.add_argument_group("how and where").add_argument
     devices = ("auto", "cpu", "cuda", "mps")
@@ -2701,10 +2677,10 @@ def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     return max(1, min(cores, quota // period))
 
 
-def make_folders(directory: Path, more: Sequence[str] = ()) -> None:
+def make_folders(directory: Path) -> None:
     """Make the output directory; raise OSError, before any training, if files cannot be written to it."""
     try:
-        for folder in (directory, *(directory / name for name in ("runs", "models", "predictions", *more))):
+        for folder in (directory, *(directory / name for name in ("runs/tuning", "models", "predictions"))):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -2744,9 +2720,8 @@ def run_jobs(
     runs = f"{sum(job.model != BASELINES for job in jobs)} {'tuning ' * jobs[0].tuning}runs on {device}"
     print(f"{runs}, {workers} at a time with a thread each: about {estimate} if all epochs are used", file=sys.stderr)
     # a seed's longest first
-    jobs = sorted(
-        jobs, key=lambda job: (options.tasks.index(job.task), options.seeds.index(job.seed), -expected[job][0])
-    )
+    place = {seed: i for i, seed in enumerate(options.seeds)}
+    jobs = sorted(jobs, key=lambda job: (options.tasks.index(job.task), place[job.seed], -expected[job][0]))
     work = partial(carry_out, config=config, device=device, output_dir=options.output_dir, costs=costs)
     with closing(Progress(expected)) as progress:
         if workers == 1:
@@ -2795,7 +2770,7 @@ def train(options: argparse.Namespace, config: Config, device: torch.device) -> 
         about = f"{TASKS[name].title}, the data of seed {options.seeds[0]}: {facts_text(data.facts)}"
         look += textwrap.wrap(about, 79) + [f"    {' '.join(sample.split())}"[:76] for sample in data.samples]
         look += [f"note: {doubt}" for doubt in data.doubts]
-    make_folders(options.output_dir, ["runs/tuning"] * options.tune)
+    make_folders(options.output_dir)
     print(*look, sep="\n", file=sys.stderr)
     measure = cache(partial(all_costs, options, config, device, steps=2, rounds=2))  # once, for tuning and comparison
     models = [(task, model) for task in options.tasks for model in options.models]
