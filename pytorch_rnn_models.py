@@ -11,9 +11,10 @@ Tasks       classifier   positive or negative film reviews    (accuracy, binary 
 Sections    configuration, datasets, generated data, your own data, baselines, models, tasks, training, evidence,
             runs, results, figures, command line: each uses only what stands above it
 Data flow   arguments -> configuration -> runs -> records -> results -> figures
-Files       pytorch_rnn_*.png, pytorch_rnn_{runs,summary,comparisons,costs,tuning,benchmark}.csv, pytorch_rnn_summary.md
+Files       pytorch_rnn_*.png, pytorch_rnn_{runs,history,summary,comparisons,costs,tuning,benchmark}.csv, _summary.md
             runs/TASK_MODEL_seedN.json      the record of a run; of MODEL "baselines", what needs no training
             models/TASK_MODEL_seedN.pt      its model: load_checkpoint(path).predict(...) uses it
+            predictions/TASK_MODEL_seedN.csv      its answer to each test example
             all in the output directory, each written whole or not at all
 
 Shapes in comments: B batch, T time steps, E embedding, F input features, H hidden units, V vocabulary.
@@ -32,12 +33,14 @@ import multiprocessing.connection
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import tempfile
 import textwrap
 import threading
 import time
+import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -170,8 +173,8 @@ class ForecasterConfig(TaskConfig):
     switch_rate: float = 0.02  # how often the period changes: every 50 steps on average
     amplitude: float = 1.0
     noise: float = 0.1  # standard deviation of the white noise
-    window: int = 50  # steps that the model sees before the one it predicts
-    stride: int = 3  # every third window is trained on: neighbours are nearly the same
+    window: int = 50  # steps that the model sees before the one it predicts; of a short series a tenth
+    stride: int = 3  # every third window is trained on: neighbours are nearly the same; of a short series each
     hidden_dim: int = 32
     n_layers: int = 2
     dropout: float = 0.0
@@ -555,7 +558,7 @@ def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, unpacked if its name ends in .gz; raises InputError."""
     try:
         content = Path(path).read_bytes()
-        content = gzip.decompress(content) if str(path).endswith(".gz") else content
+        content = gzip.decompress(content) if str(path).lower().endswith(".gz") else content
         if content.startswith(b"PK\3\4"):
             raise InputError(f"{path}: an .xlsx or other packed file, not text; save the sheet as CSV (UTF-8)")
         text = content.decode("utf-8-sig")  # with or without a byte order mark
@@ -576,7 +579,7 @@ def read_source(source: str) -> str:
         return sys.stdin.buffer.read().decode(errors="replace")
     if os.path.exists(source):  # noqa: PTH110 (Path's raises if a text is too long for a name)
         return read_text(source)
-    if re.search(r"\.(txt|[ct]sv|xlsx?|gz)$", source):
+    if re.search(r"(?i)\.(txt|[ct]sv|xlsx?|gz)$", source):
         raise InputError(f"{source}: no such file")
     return source
 
@@ -606,7 +609,8 @@ def read_table(text: str) -> tuple[pd.DataFrame, str]:
     Row i of the file has the label i.
     """
     blank = text[: len(text) - len(text.lstrip("\r\n"))].count("\n")  # lines before the first
-    text, names = text.strip("\r\n"), {",": "commas", ";": "semicolons", "\t": "tabs"}
+    text = re.sub(r"(\r?\n[,;\t ]*)+\Z", "", text.lstrip("\r\n"))  # spreadsheets add rows of nothing
+    names = {";": "semicolons", "\t": "tabs", ",": "commas"}  # of a tie the first: a comma may belong to a number
     separator = max(names, key=text.partition("\n")[0].count)  # whichever the first line holds most of
     as_it_stands = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}  # a gap is blank
     try:
@@ -641,7 +645,7 @@ def read_reviews(text: str, text_column: str = "", label_column: str = "") -> Re
         raise InputError(f"row {row} holds no label")
     numbers = pd.to_numeric(labels, errors="coerce")
     if numbers.notna().all():  # 1.0 is 1
-        labels = numbers.map("{:g}".format)
+        labels = numbers.map("{:.15g}".format)
     elif labels.str.lower().nunique() < labels.nunique():  # Positive is positive
         labels = labels.str.lower()
     names = sorted(set(labels), key=float if numbers.notna().all() else str)
@@ -661,24 +665,31 @@ def read_series(text: str, column: str = "") -> tuple[np.ndarray, list[str]]:
     table, separator = read_table(text)
     points = table if separator == "commas" else table.replace(r"^([-+]?\d*),(\d+)$", r"\1.\2", regex=True)
     numbers, first = points.apply(pd.to_numeric, errors="coerce"), table.iloc[0].tolist()
-    named = numbers.iloc[0].isna().all() or (column in first and numbers.iloc[0].isna().any())
+    words = numbers.iloc[0].isna()
+    named = words.all() or (words.any() and (not first[0] or column in filter(None, first)))
     header = first if named else [str(i) for i in range(1, len(first) + 1)]
     table, numbers = (frame.iloc[int(named) :].set_axis(range(len(header)), axis=1) for frame in (table, numbers))
-    numeric = [name for name, share in zip(header, numbers.notna().mean()) if share > 0.5]
+    numeric = [i for i, share in enumerate(numbers.notna().mean()) if share > 0.5]
     if not column and len(numeric) != 1:
         found = f"{len(numeric)} numeric columns" if numeric else "no numeric column"
         raise InputError(f"{found} among {some(header)} (separated by {separator}); name one with --series-column")
-    place = find_column(header, column or numeric[0], (), "series")
-    doubts = []
-    for cells in (table[i] for i in table if i != place):
-        with np.errstate(all="ignore"):
-            dates = [pd.to_datetime(cells, errors="coerce", format="mixed", dayfirst=first) for first in (False, True)]
-        falls = [date.index[date.diff() < pd.Timedelta(0)] for date in dates if date.notna().mean() > 0.9]
-        if falls and all(map(len, falls)):
-            doubts.append(f"the dates fall at row {falls[0][0]}; a series must be in order of time")
+    place, doubts = find_column(header, column, (), "series") if column else numeric[0], []
+    if table.empty:
+        raise InputError("no row below the header")
+    values, cells = numbers[place], table[place]
+    commas = cells[cells.str.contains(",")]
+    if separator != "commas" and len(commas) and commas.str.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}").all():
+        doubts.append(f"{commas.iloc[0]!r} is read with a decimal comma; if it marks thousands, take it out")
+    for times in (table[i] for i in table if i != place):
+        if times.str.contains(r"\b(?:19|20)\d\d\b|\d[-/.]\d+[-/.]\d").mean() < 0.9:  # a year or a whole date
+            continue
+        with warnings.catch_warnings(action="ignore"):  # 13/02 is what it must be
+            both = [pd.to_datetime(times, errors="coerce", utc=True, dayfirst=how) for how in (False, True)]
+        falls = [dates.index[dates.diff() < pd.Timedelta(0)] for dates in both if dates.notna().mean() > 0.9]
+        if falls and len(fewest := min(falls, key=len)):
+            doubts.append(f"the dates fall at row {fewest[0]}; a series must be in order of time")
     last = [cell for cell in table.iloc[-1] if re.match(r"(grand )?(total|sum|mean|average)\b", cell.lower())]
     doubts += [f"the last row says {cell!r}; leave it out if it is no value of the series" for cell in last]
-    values, cells = numbers[place], table[place]
     for row, cell in cells[~np.isfinite(values)].items():  # the first will do
         missing = cell.lower() in ("", "na", "nan", "null", "none")
         found = "no value" if missing else f"{cell[:40]!r}, which is not a finite number"
@@ -767,9 +778,9 @@ def season_of(train: SeriesDataset) -> int | None:
     A peak is above both neighbours, so that a smooth series has no season of two steps, and above chance.
     """
     rows, targets = train.inputs[:, :, 0].cpu().numpy(), train.targets[:, 0].cpu().numpy()
+    pairs = [(rows[:, -lag], targets) for lag in range(1, rows.shape[1] + 1)] + [(rows[:-1, 0], targets[1:])]
     with np.errstate(divide="ignore", invalid="ignore"):  # a stretch may be constant
-        correlations = [np.corrcoef(rows[:, -lag], targets)[0, 1] for lag in range(1, rows.shape[1] + 1)]
-    r = np.nan_to_num(correlations, nan=-1.0)
+        r = np.nan_to_num([np.corrcoef(*pair)[0, 1] for pair in pairs], nan=-1.0)
     above = [max(r[i - 1], r[i + 1]) + 0.001 for i in range(1, len(r) - 1)]  # beyond rounding
     peaks = [i for i, least in enumerate(above, start=1) if r[i] > max(least, 2 / math.sqrt(len(targets)))]
     return 1 + max(peaks, key=lambda i: r[i]) if peaks else None
@@ -905,7 +916,7 @@ class Classifier(SequenceModel):
 
     def describe(self, source: str, options: argparse.Namespace) -> str:
         """Label and probability of each line; of a CSV file, a CSV with them beside each text."""
-        if re.search(r"\.[ct]sv(\.gz)?$", source):
+        if re.search(r"(?i)\.[ct]sv(\.gz)?$", source):
             table, _ = read_table(read_source(source))
             texts = table.iloc[1:, find_column(table.iloc[0].tolist(), options.text_column, TEXT_COLUMNS, "text")]
             found = pd.DataFrame(self.predict(texts.tolist()), columns=["label", "probability"]).round(4)
@@ -937,7 +948,7 @@ class Predictor(SequenceModel):
         return logits
 
     def predict(self, text: str, n: int = 5) -> list[tuple[str, float]]:
-        """The `n` likeliest next words of the vocabulary with their probabilities among all that it holds."""
+        """The `n` likeliest next words with their probabilities among all known words."""
         probabilities = self.next_logits(tokenize(text, WORDS_AND_ENDS)).softmax(dim=0)
         likeliest, known = probabilities.topk(min(n, len(self.vocabulary) - 2)), list(self.vocabulary)
         return [(known[i], p) for p, i in zip(*(values.tolist() for values in likeliest))]
@@ -996,8 +1007,9 @@ class Forecaster(SequenceModel):
             values = np.array(values, dtype=float)
         if not (isinstance(values, np.ndarray) and values.ndim == 1 and len(values) and np.isfinite(values).all()):
             raise InputError("a series must hold one or more finite values, in one dimension")
-        (mean, std), window = (self.preprocessing["scaler"][k] for k in ("mean", "std")), self.preprocessing["window"]
-        require(std > 0, f"a scaler of {std}")
+        scaler, window = self.preprocessing["scaler"], self.preprocessing["window"]
+        mean, std, (low, high) = (scaler[name] for name in ("mean", "std", "range"))
+        require(std > 0 and low <= high, f"a scaler of {scaler}")
         scaled = torch.as_tensor((values[-window:] - mean) / std, dtype=torch.float32)
         forecasts = self.roll_forward(scaled[None, :, None], length)[0].double().numpy() * std + mean
         require(np.isfinite(forecasts).all(), "a forecast that is not finite")
@@ -1205,7 +1217,7 @@ def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU
         values, doubts = read_series(read_text(config.file.path), *config.file.columns)
     else:
         values, doubts = generate_series(config, random_generator(seed, "series")), []
-    window = max(4, min(config.window, len(values) // 10))
+    window = min(config.window, max(4, len(values) // 10))
     parts = three_parts(len(values), 48, "values")  # cut before windowing: none straddles a cut
     train_values, test_values = values[parts[0]], values[parts[2]]
     # the unit: how far the values of training windows, and the next ones, lie from their windows' means
@@ -1279,7 +1291,7 @@ class Metric:
 
     def difference(self, value: float, scale: float) -> str:
         """A difference as a person reads it: shares in points of a hundred, the rest with two digits of `scale`."""
-        return f"{100 * value:.1f}" if self.is_share else f"{value:.{decimals(scale, 2)}f}"
+        return f"{100 * value:z.1f}" if self.is_share else f"{value:z.{decimals(scale, 2)}f}"
 
 
 @dataclass(frozen=True)
@@ -1369,7 +1381,7 @@ PREDICTOR = Task(
     loss=partial(per_example, F.cross_entropy),
     score=likeliest_hits,
     metrics=(ACCURACY, CROSS_ENTROPY, PERPLEXITY),
-    answers={"answer": likeliest_word, "probability": lambda output, _: output.softmax(dim=1)[:, 2:].amax(dim=1)},
+    answers={"answer": likeliest_word, "probability": lambda output, _: output[:, 2:].softmax(dim=1).amax(dim=1)},
     file_option="corpus",
     hard_subset=FAR,
 )
@@ -1782,8 +1794,7 @@ def read_records(output_dir: Path, config: Config, tuning: bool = False) -> tupl
 def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Job]:
     """Those of the runs that lack their record, or the model that belongs to it; what does not count is named."""
     tuning, rest = any(job.tuning for job in jobs), []
-    found, others = read_records(output_dir, config, tuning)
-    records = {job_of(record, tuning): record for record in found}
+    records = {job_of(record, tuning): record for record in read_records(output_dir, config, tuning)[0]}
     for job in jobs:
         finished = job in records and (tuning or job.model == BASELINES)
         with suppress(InputError):
@@ -1797,7 +1808,6 @@ def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Jo
                 print(f"{path} or its model is damaged or of another configuration; it is done again", file=sys.stderr)
     todo, total = (sum(job.model != BASELINES for job in some) for some in (rest, jobs))
     print(f"resuming: {total - todo} of {total} runs are finished", file=sys.stderr)
-    warn(f"the folder also holds runs of: {options}" for options in sorted(others))
     return rest
 
 
@@ -1832,7 +1842,8 @@ def carry_out(
     environment["threads"] = torch.get_num_threads()
     record = {name: getattr(job, name) for name in ("task", "model", "seed", "learning_rate")}
     record |= {"configuration": settings(config), "options": config.options, "environment": environment}
-    job.file(output_dir).unlink(missing_ok=True)  # one of another configuration must not stand beside this model
+    for kind in ("runs", "predictions"):  # those of another configuration must not stand beside this model
+        job.file(output_dir, kind).unlink(missing_ok=True)
     if job.model == BASELINES:
         record["facts"] = {name: float(value) for name, value in data.facts.items()}
         record["doubts"] = list(data.doubts)
@@ -1852,7 +1863,7 @@ def carry_out(
             # the test split is opened when the best validation weights are back: nothing is chosen by it
             found = evaluate(model, task, data.test, task.answers)
             predictions = data.predictions(found)
-            write_whole(job.file(output_dir, "predictions"), predictions.to_csv(index=False))
+            write_whole(job.file(output_dir, "predictions"), "\ufeff" + predictions.to_csv(index=False))  # for Excel
             record |= scores(found["loss"], found["score"]) | {"cost": costs[job.task][job.model]}
             record["evidence"] = EVIDENCE[job.task](task, model, untrained, data, predictions)
             record["examples"] = predictions.head(3).to_dict("records")
@@ -2094,11 +2105,15 @@ def label_scores(records: Records) -> pd.DataFrame:
     rows = []
     for model, runs in by_model(records).items():
         counts = np.sum([run["evidence"]["confusion"] for run in runs], axis=0)  # (K, K): truth, answer
-        answered, there = (np.maximum(counts.sum(axis=axis), 1) for axis in (0, 1))
-        right = counts.diagonal()
-        scores = np.stack([right / answered, right / there, 2 * right / (answered + there)], axis=1)  # (K, 3)
+        answered, there, right = counts.sum(axis=0), counts.sum(axis=1), counts.diagonal()
+        scores = [
+            right / np.maximum(answered, 1),
+            right / np.maximum(there, 1),
+            2 * right / np.maximum(answered + there, 1),
+        ]
+        scores = np.where(there, scores, math.nan)  # (3, K); of a label without a test example nothing is known
         names = [*runs[0]["evidence"]["labels"], "mean of the labels"]
-        rows += [(model, *row) for row in zip(names, *np.vstack([scores, scores.mean(axis=0)]).T)]
+        rows += [(model, *row) for row in zip(names, *np.column_stack([scores, np.nanmean(scores, axis=1)]))]
     return pd.DataFrame(rows, columns=["model", "label", "precision", "recall", "F1"])
 
 
@@ -2201,6 +2216,8 @@ def findings(results: pd.DataFrame, comparisons: pd.DataFrame, runs: pd.DataFram
     for model, mean in of_models[ALL].items():
         if mean <= means[ALL].get(MAJORITY, -math.inf) + 0.01:
             sentences.append(f"{model} knows little more than how frequent the labels are: see the recall of each.")
+    rates = models.groupby("model", sort=False)["learning_rate"].nunique()
+    sentences += [f"The means of {model} mix runs at different learning rates." for model in rates.index[rates > 1]]
     if capped := int(models["capped"].sum()):
         sentences.append(f"{capped} of {len(models)} runs ended at the cap on epochs, perhaps too soon: see --epochs.")
     return sentences
@@ -2210,6 +2227,7 @@ def markdown(table: pd.DataFrame) -> str:
     """A table in Markdown, its columns aligned; numbers to the right."""
     right = [pd.api.types.is_numeric_dtype(table[column]) for column in table]
     cells = [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in table.astype(object).to_numpy()]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
     widths = [max(3, *map(len, column)) for column in zip(table.columns, *cells)]
     rule = ["-" * (width - 1) + (":" if r else "-") for width, r in zip(widths, right)]
     rows = [[c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)] for row in (table.columns, *cells)]
@@ -2238,13 +2256,12 @@ def details_text(records: Records) -> str:
         parts += ["Test splits of all seeds together. The mean recall is the balanced accuracy."]
     same_seed = [record for record in trained if record["seed"] == trained[0]["seed"]]
     for rows in zip(*(record["examples"] for record in same_seed)):
-        text, truth = list(rows[0].values())[:2]
-        shown = [truth, *(row["answer"] for row in rows)]
-        shown = [each if isinstance(each, str) else plain(each) for each in shown]
+        text, truth, *_ = rows[0].values()
+        answers = [each if isinstance(each, str) else plain(each) for each in (truth, *(row["answer"] for row in rows))]
         sure = [f" ({row['probability']:.2f})" if "probability" in row else "" for row in rows]
-        answers = ", ".join(f"{r['model']} {a}{p}" for r, a, p in zip(same_seed, shown[1:], sure))
+        shown = ", ".join(f"{r['model']} {answer}{p}" for r, answer, p in zip(same_seed, answers[1:], sure))
         words = text.split()
-        parts += [f"> {'... ' * (len(words) > 16)}{' '.join(words[-16:])}\n>\n> truth: {shown[0]}; {answers}"]
+        parts += [f"> {'... ' * (len(words) > 16)}{' '.join(words[-16:])}\n>\n> truth: {answers[0]}; {shown}"]
     if about := next((record for record in records if "facts" in record), None):
         file = about["configuration"]["file"]
         digest = f", SHA-256 {file['digest'][:12]}..." if file else ""
@@ -2257,10 +2274,9 @@ def facts_text(facts: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {format(x, ',.0f') if x == int(x) else plain(x)}" for name, x in facts.items())
 
 
-def summary_text(records: Records, task_texts: Mapping[str, str], runs: pd.DataFrame) -> str:
-    """The tables as a page of Markdown, with what the data were and where it ran."""
+def summary_text(records: Records, task_texts: Mapping[str, str], models: pd.DataFrame) -> str:
+    """The tables as a page of Markdown, with what the data were and where it ran; `models`: a run of each."""
     environments = pd.DataFrame([record["environment"] for record in records]).astype(str)
-    models = runs.drop_duplicates(["task", "model"])
     parts = [
         "# RNN, LSTM and GRU: results",
         "The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws its own "
@@ -2361,7 +2377,9 @@ def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
     for ceiling, value in ceilings.items():
         errors.axhline(value, color="black", linestyle=":", label=f"{ceiling}, one step ahead")
     variance = records[0]["evidence"]["forecasts"]["variance"]
-    held = np.mean([record["evidence"]["forecasts"]["persistence_mse"] for record in by_model(records)[name]], axis=0)
+    held = np.mean(
+        [record["evidence"]["forecasts"]["persistence_mse"] for record in next(iter(models.values()))], axis=0
+    )
     errors.plot(np.arange(1, len(held) + 1), held, color=GREY, linewidth=1, label="persistence")
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
     errors.set(title="Free-running error, mean over seeds", ylim=(0, 1.3 * errors.get_ylim()[1]))  # room for the legend
@@ -2480,8 +2498,8 @@ def learning_rates_figure(table: pd.DataFrame) -> Figure:
 def errors_figure(records: Records) -> Figure:
     """The confusion matrix of each classifier, in per cent of each true label, over the test splits of all seeds."""
     models, labels = by_model(records), records[0]["evidence"]["labels"]
-    figure = Figure(figsize=(max(2.0, 0.6 * len(labels) + 1.2) * len(models) + 1.6, 0.5 * len(labels) + 2.4))
-    figure.set_layout_engine("constrained")
+    size = max(2.0, 0.6 * len(labels) + 1.2) * len(models) + 1.6, 0.5 * len(labels) + 2.4
+    figure = Figure(figsize=size, layout="constrained")
     for axes, (name, runs) in zip(figure.subplots(1, len(models), squeeze=False, sharey=True)[0], models.items()):
         counts = np.sum([run["evidence"]["confusion"] for run in runs], axis=0)
         shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -2620,9 +2638,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
     # what goes with what
     for name, default in (("length", 20), ("temperature", 1.0), ("seed", 42)):
-        if getattr(options, name) is not None and not options.predict:
+        given = getattr(options, name)
+        if given is not None and not options.predict:
             raise InputError(f"--{name} goes with --predict" + "; for training there is --seeds" * (name == "seed"))
-        setattr(options, name, default if getattr(options, name) is None else getattr(options, name))
+        setattr(options, name, default if given is None else given)
     modes = [f"--{name}" for name in ("report", "benchmark", "predict") if getattr(options, name)]
     modes += ["--tune"] * (options.tune and bool(modes))
     modes += ["--tune", "--learning-rate"] * (options.tune and options.learning_rate is not None)
@@ -2642,7 +2661,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for task in options.files:
         if task not in options.tasks:
             raise InputError(f"--{TASKS[task].file_option} is for the task {task}, which --tasks leaves out")
-    stems = [re.sub(r"(\.csv|\.txt)?(\.gz)?$", "", Path(name).name) for name in options.files.values()]
+    stems = [re.sub(r"(?i)(\.csv|\.txt)?(\.gz)?$", "", Path(name).name) for name in options.files.values()]
     default = "quick" if options.quick else "_".join(["own", *stems]) if stems else ""
     options.output_dir = options.output_dir or Path("outputs", default)
     return options
@@ -2651,18 +2670,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def configure(options: argparse.Namespace) -> Config:
     """The configuration of each task that the options ask for; raises InputError."""
     config = dict(QUICK if options.quick else DEFAULT)
-    columns = {CLASSIFIER.name: (options.text_column, options.label_column), FORECASTER.name: (options.series_column,)}
+    columns = {CLASSIFIER.name: ("text_column", "label_column"), FORECASTER.name: ("series_column",)}
     for name, task in config.items():
         changes = {"training": replace(task.training, epochs=options.epochs or task.training.epochs)}
         given = {TASKS[name].file_option: options.files.get(name), "epochs": options.epochs}
         if name in options.files:
-            changes["file"] = user_file(options.files[name], [column or "" for column in columns.get(name, ())])
+            named = {column: getattr(options, column) for column in columns.get(name, ())}
+            changes["file"] = user_file(options.files[name], [column or "" for column in named.values()])
+            given |= {column.replace("_", "-"): value for column, value in named.items()}
         for knob in ("hidden_dim", "window"):
             if getattr(options, knob) and hasattr(task, knob):
                 given[knob.replace("_", "-")] = changes[knob] = getattr(options, knob)
         if options.learning_rate:
             changes["learning_rates"] = LearningRates(*[options.learning_rate] * len(LearningRates._fields))
-        spelled = ["--quick"] * options.quick + [f"--{key} {value}" for key, value in given.items() if value]
+        spelled = ["--quick"] * options.quick + [
+            f"--{key} {shlex.quote(str(value))}" for key, value in given.items() if value
+        ]
         config[name] = replace(task, options=" ".join(spelled) or "no options", **changes)
     return config
 
@@ -2815,6 +2838,7 @@ def report(config: Config, output_dir: Path) -> Results:
     if not trained:
         where = f"no records in {output_dir / 'runs'} of trained models with the configuration asked for; train first"
         raise InputError(where + f" (the folder holds runs of: {'; '.join(sorted(others))})" * bool(others))
+    warn(f"the folder also holds runs of: {each}" for each in sorted(others))
     results, runs = results_table(records), runs_table(trained)
     models, verdicts = runs.drop_duplicates(["task", "model"], ignore_index=True), compare(results)
     summary = summarise(results[results["subset"] == ALL])
@@ -2839,7 +2863,7 @@ def report(config: Config, output_dir: Path) -> Results:
             figures["time_series_predictions"] = partial(forecasts_figure, of_task, results)
         if "confusion" in of_task[0]["evidence"]:
             figures[f"{task.name}_errors"] = partial(errors_figure, of_task)
-    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, texts, runs))
+    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, texts, models))
     drawn, failed = draw(output_dir, figures)
     print(*texts.values(), f"## Parameters\n\n{markdown(models[['task', 'model', *PARTS, 'parameters']])}", sep="\n\n")
     print(f"\nTables, figures, records and models are in {output_dir.resolve()}")

@@ -205,7 +205,7 @@ def sine_with(row):
         (
             "series",
             "x\n" + "a\n" * 500,
-            "no numeric column among x (separated by commas); name one with --series-column",
+            "no numeric column among x (separated by semicolons); name one with --series-column",
         ),
         ("series", "a,b\n1,2\n", "2 numeric columns among a, b (separated by commas); name one with --series-column"),
         ("series", sine_with("1981,"), "row 10 holds no value in the column 'temperature'"),

@@ -83,8 +83,20 @@ def test_what_is_ambiguous_in_reviews_is_named(text, message):
 def test_decimal_commas_need_another_separator():
     values, doubts = rnn.read_series("day;t\nmon;1,5\ntue;-2,25\nwed;3\n")
     assert values.tolist() == [1.5, -2.25, 3] and not doubts
+    assert rnn.read_series("wert\n1,5\n2,5\n")[0].tolist() == [1.5, 2.5]
+    assert rnn.read_series("Datum;Umsatz, EUR\n01.01.2020;0,5\n02.01.2020;1,5\n")[0].tolist() == [0.5, 1.5]
+    assert rnn.read_series("2020-01-01;1,5;\n2020-01-02;2,5;\n")[0].tolist() == [1.5, 2.5]
+    _, [doubt] = rnn.read_series("d\tn\na\t990\nb\t1,000\nc\t1,005\n")
+    assert doubt.startswith("'1,000' is read with a decimal comma")
     with pytest.raises(rnn.InputError, match=re.escape("2 numeric columns among 1, 2 (separated by commas)")):
-        rnn.read_series("1,5\n2,5\n")
+        rnn.read_series("1.5,1\n2.5,2\n")
+
+
+def test_a_column_without_a_name_a_header_alone_and_rows_of_nothing():
+    assert rnn.read_series("date,\n2020-01-01,5\n2020-01-02,6\n")[0].tolist() == [5, 6]
+    assert rnn.read_series("d;x\na;1\nb;2\n;\n;\n")[0].tolist() == [1, 2]
+    with pytest.raises(rnn.InputError, match="no row below the header"):
+        rnn.read_series("date,value\n", "value")
 
 
 def test_an_excel_file_is_named_as_such(tmp_path):
@@ -113,6 +125,18 @@ def test_dates_that_fall_and_a_last_row_of_totals_are_said():
     assert rnn.read_series("\n".join(["day,t", *rows]))[1] == []
     _, [fall] = rnn.read_series("\n".join(["day,t", *rows[::-1]]))
     assert "the dates fall at row 3;" in fall
+    for few in (
+        ["2020-03-28T00:00:00+01:00,1", "2020-03-30T00:00:00+02:00,2"],
+        ["12:00,1", "11:00,2"],
+        ["Feb,1", "Jan,2"],
+    ):
+        assert rnn.read_series("\n".join(["when,t", *few]))[1] == []
+    rows[40], rows[41] = rows[41], rows[40]
+    _, [fall] = rnn.read_series("\n".join(["day,t", *rows]))
+    assert "the dates fall at row 43;" in fall
+    _, [fall] = rnn.read_series("year,n\n2001,5\n2000,6\n", "n")
+    assert "the dates fall at row 3;" in fall
+    rows[40], rows[41] = rows[41], rows[40]
     _, [total] = rnn.read_series("\n".join(["day,t", *rows, "Total,180"]))
     assert "the last row says 'Total'" in total
 
@@ -176,6 +200,9 @@ def test_precision_recall_and_f1_are_those_of_the_definition():
     table = rnn.label_scores([{"model": "GRU", "evidence": evidence}]).set_index("label")
     assert table.loc["a"].tolist()[1:] == pytest.approx([8 / 9, 0.8, 16 / 19])
     assert table.loc["mean of the labels", "recall"] == pytest.approx(0.85)
+    evidence = {"labels": ["a", "b", "c"], "confusion": [[8, 2, 0], [1, 9, 0], [0, 0, 0]]}
+    table = rnn.label_scores([{"model": "GRU", "evidence": evidence}]).set_index("label")
+    assert table.loc["mean of the labels", "recall"] == pytest.approx(0.85), "nothing is known of a label never tested"
 
 
 # --- results to work with -------------------------------------------------------------
@@ -230,6 +257,8 @@ def test_a_smooth_series_has_no_season_of_two_steps():
     walk = np.cumsum(np.random.default_rng(0).normal(size=2000))
     days = np.sin(np.arange(2000) * 2 * np.pi / 24) + 0.01 * walk
     assert rnn.season_of(rnn.SeriesDataset(days, 50)) == 24
+    months = rnn.SeriesDataset(np.sin(np.arange(84) * 2 * np.pi / 12), 12)
+    assert rnn.season_of(months) == 12, "a peak at the window's length"
     line = rnn.SeriesDataset(np.linspace(0, 1, 500), 50)
     assert rnn.season_of(line) is None
     assert [r.name for r in rnn.series_baselines(line, line)] == ["persistence", "linear autoregression"]
@@ -258,6 +287,11 @@ def test_knobs_are_in_the_record_and_in_what_a_folder_is_said_to_hold(tmp_path, 
     assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "the folder holds runs of: --quick --epochs 1 --hidden-dim 7 --window 20" in error and error.count("\n") == 1
+    again = ["--quick", "--tasks", "forecaster", "--models", "RNN", "--output-dir", str(tmp_path)]
+    assert rnn.main(again) == 0
+    assert "note: the folder also holds runs of: --quick --epochs 1 --hidden-dim 7" in capsys.readouterr().err
+    assert rnn.main([*again, "--seeds", "3", "--learning-rate", "0.5"]) == 0
+    assert "The means of RNN mix runs at different learning rates." in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
