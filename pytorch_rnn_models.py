@@ -1728,9 +1728,8 @@ def load_checkpoint(path: str | Path) -> SequenceModel:
         require(task in TASKS, f"it is for a task {task!r}")
         require(base_name(name) in MODEL_NAMES, f"it is a model {name!r}")
         sizes = [value for argument, value in arguments.items() if argument != "dropout"]
-        require(all(type(size) is int and size >= 1 for size in sizes), "a size that is not 1 or more")
-        require(arguments["n_layers"] <= 100, "more than 100 layers")
-        require(0 <= arguments["dropout"] <= 1, "a dropout that is not between 0 and 1")
+        sensible = all(type(size) is int and size >= 1 for size in sizes) and arguments["n_layers"] <= 100
+        require(sensible and 0 <= arguments["dropout"] <= 1, "a size or a dropout that makes no sense")
         with torch.device("meta"):  # takes no memory, so that sizes which the weights do not have do no harm
             model = TASKS[task].models[base_name(name)](**arguments)
         expected = {name: (weight.shape, weight.dtype) for name, weight in model.state_dict().items()}
@@ -1741,8 +1740,7 @@ def load_checkpoint(path: str | Path) -> SequenceModel:
         model.preprocessing, model.metrics = checkpoint["preprocessing"], checkpoint["metrics"]
         lengths = [model.preprocessing[name] for name in ("window", "max_words") if name in model.preprocessing]
         require(all(type(n) is int and n >= 1 for n in lengths), "a window or max_words that is not 1 or more")
-        labels = model.preprocessing.get("labels", ["", "1"])
-        outputs = max(arguments.get("output_dim", 1), 2)
+        labels, outputs = model.preprocessing.get("labels", ["", "1"]), max(arguments.get("output_dim", 1), 2)
         require(isinstance(labels, list) and len({*map(str, labels)}) == outputs, "labels that do not fit")
         model.eval().predict(model.sample)  # shows whether the preprocessing belongs to the model
     except Exception as error:  # a foreign or damaged file can make torch stumble over anything
@@ -2279,12 +2277,11 @@ def summary_text(records: Records, task_texts: Mapping[str, str], models: pd.Dat
     environments = pd.DataFrame([record["environment"] for record in records]).astype(str)
     parts = [
         "# RNN, LSTM and GRU: results",
-        "The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws its own "
-        "data; of a user's file it draws the splits of the reviews, while a text or a series is always cut at the same "
-        "places. A ceiling is the best that is possible on generated data; gap closed is how much of the way from the "
-        "best baseline to it a model has come, negative if it does worse than that baseline. Brackets hold 95 % "
-        "intervals of the paired difference over the seeds (Student's t). Seconds are those of a run's training, with "
-        "other runs beside it.",
+        "The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws its own data, "
+        "or the splits of a user's reviews; a user's text or series is always cut at the same places. A ceiling is the "
+        "best that is possible on generated data; gap closed is how much of the way from best baseline to ceiling a "
+        "model has come. Brackets hold 95 % intervals of the paired difference over seeds (Student's t). Seconds are "
+        "those of a run's training, with other runs beside it.",
     ]
     for name, text in task_texts.items():
         parts += [text, details_text([record for record in records if record["task"] == name])]
@@ -2602,10 +2599,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--models", nargs="+", choices=MODEL_NAMES, default=MODEL_NAMES, metavar="MODEL", help="any of %(choices)s")
     add("--seeds", nargs="+", type=whole, metavar="N", help="default: 42 43 44; with --quick: 42")
     add("--quick", action="store_true", help="the whole pipeline on tiny data, two epochs, in under 30 s")
-    sizes = "hidden: equal hidden size (default); params: RNN and GRU with the LSTM's number of recurrent parameters"
-    add("--match", choices=("hidden", "params"), default="hidden", help=sizes)
-    tune = "choose each model's learning rate first, by validation loss, from one common grid"
-    add("--tune", action="store_true", help=tune)
+    add("--match", choices=("hidden", "params"), default="hidden", help="what is equal; params: recurrent ones")
+    add("--tune", action="store_true", help="choose learning rates first, by validation loss")
     rate = partial(number, least=1e-6, most=1)
     add("--learning-rate", type=rate, metavar="X", help="of all models; default: each model's own, as --tune chose it")
     add("--epochs", type=positive, metavar="N", help="cap on epochs; default: by task")
@@ -2618,18 +2613,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, usual in (("text", "text, review"), ("label", "label, sentiment"), ("series", "the only numeric one")):
         add(f"--{name}-column", metavar="NAME", help=f"default: {usual}")
     add = parser.add_argument_group("how and where").add_argument
-    devices = ("auto", "cpu", "cuda", "mps")
-    add("--device", choices=devices, default="auto", help="auto (default): CUDA where there is one, else CPU")
-    at_once = "runs trained at the same time, one thread each; default: as many as cores; on a GPU and with --quick: 1"
-    add("--workers", type=positive, metavar="N", help=at_once)
-    folder = "default: outputs; with --quick outputs/quick; with your own data outputs/own_ and the file's name"
-    add("--output-dir", type=Path, metavar="DIR", help=folder)
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA if there is one")
+    add("--workers", type=positive, metavar="N", help="runs at a time; default: as many as cores")
+    add("--output-dir", type=Path, metavar="DIR", help="default: outputs, or a folder below it")
     add("--resume", action="store_true", help="skip the runs that are finished in DIR")
     add = parser.add_argument_group("instead of training").add_argument
     add("--report", action="store_true", help="tables and figures again, from the records in DIR")
     add("--benchmark", action="store_true", help="what a training step costs, beside a loop with nothing but the step")
-    use = "use a trained model on a text, a file, or - for standard input"
-    add("--predict", nargs=2, metavar=("CHECKPOINT", "INPUT"), help=use)
+    add("--predict", nargs=2, metavar=("CHECKPOINT", "INPUT"), help="INPUT: a text, a file, or -")
     add("--length", type=positive, metavar="N", help="words or values to continue by; default: 20")
     warmth = partial(number, least=0, most=100)
     add("--temperature", type=warmth, metavar="X", help="of the words: 0 takes the likeliest; default: 1")

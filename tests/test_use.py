@@ -203,9 +203,9 @@ def change(content, *path, to):
     [
         ("classifier", ["task"], "chess", "it is for a task 'chess'"),
         ("classifier", ["model"], "Transformer", "it is a model 'Transformer'"),
-        ("classifier", ["arguments", "n_layers"], 10**9, "more than 100 layers"),
-        ("classifier", ["arguments", "n_layers"], True, "a size that is not 1 or more"),
-        ("classifier", ["arguments", "dropout"], float("nan"), "a dropout that is not between 0 and 1"),
+        ("classifier", ["arguments", "n_layers"], 10**9, "a size or a dropout that makes no sense"),
+        ("classifier", ["arguments", "n_layers"], True, "a size or a dropout that makes no sense"),
+        ("classifier", ["arguments", "dropout"], float("nan"), "a size or a dropout that makes no sense"),
         ("classifier", ["arguments", "vocab_size"], 10**12, "its weights do not fit its model"),
         ("classifier", ["arguments", "hidden_dim"], 5, "its weights do not fit its model"),
         ("classifier", ["arguments", "colour"], 5, ""),
