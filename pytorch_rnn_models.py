@@ -2599,7 +2599,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--models", nargs="+", choices=MODEL_NAMES, default=MODEL_NAMES, metavar="MODEL", help="any of %(choices)s")
     add("--seeds", nargs="+", type=whole, metavar="N", help="default: 42 43 44; with --quick: 42")
     add("--quick", action="store_true", help="the whole pipeline on tiny data, two epochs, in under 30 s")
-    add("--match", choices=("hidden", "params"), default="hidden", help="what is equal; params: recurrent ones")
+    add("--match", choices=("hidden", "params"), default="hidden", help="equal hidden sizes or recurrent parameters")
     add("--tune", action="store_true", help="choose learning rates first, by validation loss")
     rate = partial(number, least=1e-6, most=1)
     add("--learning-rate", type=rate, metavar="X", help="of all models; default: each model's own, as --tune chose it")
