@@ -2691,10 +2691,10 @@ def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     return max(1, min(cores, quota // period))
 
 
-def make_folders(directory: Path) -> None:
+def make_folders(directory: Path, *more: str) -> None:
     """Make the output directory; raise OSError, before any training, if files cannot be written to it."""
     try:
-        for folder in (directory, *(directory / name for name in ("runs/tuning", "models", "predictions"))):
+        for folder in (directory, *(directory / name for name in ("runs", "models", "predictions", *more))):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -2784,7 +2784,7 @@ def train(options: argparse.Namespace, config: Config, device: torch.device) -> 
         about = f"{TASKS[name].title}, the data of seed {options.seeds[0]}: {facts_text(data.facts)}"
         look += textwrap.wrap(about, 79) + [f"    {' '.join(sample.split())}"[:76] for sample in data.samples]
         look += [f"note: {doubt}" for doubt in data.doubts]
-    make_folders(options.output_dir)
+    make_folders(options.output_dir, *["runs/tuning"] * options.tune)
     print(*look, sep="\n", file=sys.stderr)
     measure = cache(partial(all_costs, options, config, device, steps=2, rounds=2))  # once, for tuning and comparison
     models = [(task, model) for task in options.tasks for model in options.models]
