@@ -1,5 +1,6 @@
 """A user's own files and questions: spreadsheets, doubts in words, labels, predictions, results in Python."""
 
+import io
 import json
 import os
 import re
@@ -335,3 +336,21 @@ def test_a_script_without_a_guard_is_one_clear_line(tmp_path):
     assert last.startswith("pytorch_rnn_models.py: ") and '`if __name__ == "__main__":`' in last
     assert "Traceback" not in done.stderr
     shutil.rmtree(tmp_path / "outputs")
+
+
+def test_rounding_takes_no_bar_past_its_end(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    jobs = {rnn.Job("forecaster", "RNN", seed, 0.1): (0.1 + seed / 7, 11) for seed in range(200)}
+    progress = rnn.Progress(jobs)
+    for job in jobs:
+        progress.start(job)
+        for batch in range(1, 8):
+            progress.update(job, batch, None)
+        progress.finish(job, "")
+        assert progress.overall.n <= progress.overall.total  # tqdm warns, in the middle of the bars
+    assert progress.overall.n == pytest.approx(progress.overall.total)
+    progress.close()
