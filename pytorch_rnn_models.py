@@ -773,17 +773,19 @@ def corpus_baselines(train: Sequence[int], test: CorpusDataset, vocab_size: int)
 
 
 def season_of(train: SeriesDataset) -> int | None:
-    """The lag within the window at which the training part's autocorrelation has its highest peak; None without any.
+    """The first lag within the window at which the training part's autocorrelation has a high peak; None without any.
 
-    A peak is above both neighbours, so that a smooth series has no season of two steps, and above chance.
+    Values count from their window's mean, so that a trend hides no season. A peak is higher than both neighbours and
+    rises by a tenth above what came before: a smooth or a random series has none. High: within 0.05 of the highest.
     """
     rows, targets = train.inputs[:, :, 0].cpu().numpy(), train.targets[:, 0].cpu().numpy()
-    pairs = [(rows[:, -lag], targets) for lag in range(1, rows.shape[1] + 1)] + [(rows[:-1, 0], targets[1:])]
+    means = rows.mean(axis=1)
+    pairs = [(rows[:, -lag] - means, targets - means) for lag in range(1, rows.shape[1] + 1)]
+    pairs += [(rows[:-1, 0] - means[1:], targets[1:] - means[1:])]  # one lag more, to compare the last with
     with np.errstate(divide="ignore", invalid="ignore"):  # a stretch may be constant
         r = np.nan_to_num([np.corrcoef(*pair)[0, 1] for pair in pairs], nan=-1.0)
-    above = [max(r[i - 1], r[i + 1]) + 0.001 for i in range(1, len(r) - 1)]  # beyond rounding
-    peaks = [i for i, least in enumerate(above, start=1) if r[i] > max(least, 2 / math.sqrt(len(targets)))]
-    return 1 + max(peaks, key=lambda i: r[i]) if peaks else None
+    peaks = [i for i in range(1, len(r) - 1) if r[i] > max(r[i - 1], r[i + 1], r[:i].min() + 0.1)]
+    return next((1 + i for i in peaks if r[i] > r[peaks].max() - 0.05), None)
 
 
 def series_baselines(train: SeriesDataset, test: SeriesDataset) -> list[Reference]:

@@ -260,6 +260,10 @@ def test_a_smooth_series_has_no_season_of_two_steps():
     assert rnn.season_of(rnn.SeriesDataset(days, 50)) == 24
     months = rnn.SeriesDataset(np.sin(np.arange(84) * 2 * np.pi / 12), 12)
     assert rnn.season_of(months) == 12, "a peak at the window's length"
+    trend = 0.05 * np.arange(2000) + np.sin(np.arange(2000) * 2 * np.pi / 24)
+    assert rnn.season_of(rnn.SeriesDataset(trend, 50)) == 24, "a trend hides no season"
+    for random in (walk, np.diff(walk)):
+        assert rnn.season_of(rnn.SeriesDataset(random, 50)) is None
     line = rnn.SeriesDataset(np.linspace(0, 1, 500), 50)
     assert rnn.season_of(line) is None
     assert [r.name for r in rnn.series_baselines(line, line)] == ["persistence", "linear autoregression"]
