@@ -776,15 +776,17 @@ def season_of(train: SeriesDataset) -> int | None:
     """The first lag within the window at which the training part's autocorrelation has a high peak; None without any.
 
     Values count from their window's mean, so that a trend hides no season. A peak is higher than both neighbours and
-    rises by a tenth above what came before: a smooth or a random series has none. High: within 0.05 of the highest.
+    rises by 0.2 above what came before: a smooth or a random series has none. High: within 0.05 of the highest.
     """
     rows, targets = train.inputs[:, :, 0].cpu().numpy(), train.targets[:, 0].cpu().numpy()
     means = rows.mean(axis=1)
+    if np.ptp(targets - means) < 1e-5 * np.abs(targets - means).max():  # a straight line, but for rounding
+        return None
     pairs = [(rows[:, -lag] - means, targets - means) for lag in range(1, rows.shape[1] + 1)]
     pairs += [(rows[:-1, 0] - means[1:], targets[1:] - means[1:])]  # one lag more, to compare the last with
     with np.errstate(divide="ignore", invalid="ignore"):  # a stretch may be constant
         r = np.nan_to_num([np.corrcoef(*pair)[0, 1] for pair in pairs], nan=-1.0)
-    peaks = [i for i in range(1, len(r) - 1) if r[i] > max(r[i - 1], r[i + 1], r[:i].min() + 0.1)]
+    peaks = [i for i in range(1, len(r) - 1) if r[i] > max(r[i - 1], r[i + 1], r[:i].min() + 0.2)]
     return next((1 + i for i in peaks if r[i] > r[peaks].max() - 0.05), None)
 
 
