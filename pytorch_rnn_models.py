@@ -2368,6 +2368,7 @@ def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
             steps = np.arange(1, len(found[f"{prefix}truth"]) + 1)
             axes.plot(steps, found[f"{prefix}truth"], color=GREY, marker="o", markersize=2.5, linewidth=0)
             axes.plot(steps, found[f"{prefix}forecast"], color=shade)
+            axes.xaxis.get_major_locator().set_params(integer=True)
     left.set_xlabel("test example, in order of time")
     right.set_xlabel("steps ahead of the last observed value")
     errors = figure.add_subplot(grid[-1, :], xlabel="steps ahead", ylabel="MSE (series units²)")
@@ -2384,6 +2385,7 @@ def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
     errors.plot(np.arange(1, len(held) + 1), held, color=GREY, linewidth=1, label="persistence")
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
     errors.set(title="Free-running error, mean over seeds", ylim=(0, 1.3 * errors.get_ylim()[1]))  # room for the legend
+    errors.xaxis.get_major_locator().set_params(integer=True)
     errors.legend(loc="upper center", ncols=6)
     observed = line("observed value", style="", marker="o", markersize=2.5)
     lines = [observed, line("forecast (in the model's colour)", "black")]
@@ -2454,7 +2456,7 @@ def performance_figure(results: pd.DataFrame, runs: pd.DataFrame) -> Figure:
             scores.set(xscale="log", xlabel=f"test {metric.label}, log scale")
             low, high = scores.get_xlim()
             scores.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 6, 8)))
-            scores.xaxis.set_major_formatter("{x:.2g}")
+            scores.xaxis.set_major_formatter("{x:.6g}")
             scores.xaxis.set_minor_formatter("")
         of_task = runs[runs["task"] == task.name]
         costs = of_task.drop_duplicates("model").set_index("model").iloc[::-1]  # barh draws upwards
