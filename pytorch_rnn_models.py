@@ -2508,7 +2508,7 @@ def errors_figure(records: Records) -> Figure:
         shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=130, aspect="auto")  # text stays readable on the darkest
         for (row, column), share in np.ndenumerate(shares):
-            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color="white" if share > 80 else "black")
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color="white" if share > 60 else "black")
         axes.set_title(name, color=colour(name), fontweight="bold")
         axes.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) > 2 else 0)
         axes.set_yticks(range(len(labels)), labels)
