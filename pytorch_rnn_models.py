@@ -1507,9 +1507,12 @@ def fit(
     batches = LengthBuckets(data.train.lengths, training.batch_size, random_generator(seed, "batches"))
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)  # batches come whole
     stopper, history, best_weights = EarlyStopping(training.patience), [], {}
+
+    def done(count: int) -> None:
+        progress(len(history) * len(batches) + count, None)
+
     for epoch in range(1, training.epochs + 1):
-        start, rate, earlier = time.perf_counter(), optimizer.param_groups[0]["lr"], (epoch - 1) * len(batches)
-        done = lambda batches, earlier=earlier: progress(earlier + batches, None)  # noqa: E731
+        start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
         loss, score, norm = train_epoch(model, task, optimizer, loader, training, done)
         validation = evaluate(model, task, data.validation)
         row = {"epoch": epoch, "learning_rate": rate, "gradient_norm": norm, "seconds": time.perf_counter() - start}
@@ -2276,6 +2279,11 @@ def facts_text(facts: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {format(x, ',.0f') if x == int(x) else plain(x)}" for name, x in facts.items())
 
 
+def parameters_text(models: pd.DataFrame) -> str:
+    """Parameters by part, a row for each model of each task."""
+    return f"## Parameters\n\n{markdown(models[['task', 'model', *PARTS, 'parameters']])}"
+
+
 def summary_text(records: Records, task_texts: Mapping[str, str], models: pd.DataFrame) -> str:
     """The tables as a page of Markdown, with what the data were and where it ran; `models`: a run of each."""
     environments = pd.DataFrame([record["environment"] for record in records]).astype(str)
@@ -2290,7 +2298,7 @@ def summary_text(records: Records, task_texts: Mapping[str, str], models: pd.Dat
     for name, text in task_texts.items():
         parts += [text, details_text([record for record in records if record["task"] == name])]
     parts += [
-        f"## Parameters\n\n{markdown(models[['task', 'model', *PARTS, 'parameters']])}",
+        parameters_text(models),
         f"## Cost of a training step\n\n{markdown(models[['task', 'model', *COST_COLUMNS]])}",
         "Median time of a step, the models taking turns on the same batches if one command trained them; activations: "
         "what the forward pass on a full batch of the longest possible examples keeps for the backward pass. The "
@@ -2379,9 +2387,7 @@ def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
     for ceiling, value in ceilings.items():
         errors.axhline(value, color="black", linestyle=":", label=f"{ceiling}, one step ahead")
     variance = records[0]["evidence"]["forecasts"]["variance"]
-    held = np.mean(
-        [record["evidence"]["forecasts"]["persistence_mse"] for record in next(iter(models.values()))], axis=0
-    )
+    held = np.mean([record["evidence"]["forecasts"]["persistence_mse"] for record in records], axis=0)
     errors.plot(np.arange(1, len(held) + 1), held, color=GREY, linewidth=1, label="persistence")
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
     errors.set(title="Free-running error, mean over seeds", ylim=(0, 1.3 * errors.get_ylim()[1]))  # room for the legend
@@ -2651,9 +2657,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.tasks = [name for name in TASKS if name in options.tasks]
     names = [name for name in MODEL_NAMES if name in options.models]
     options.models = [name + MATCHED * (options.match == "params" and name != "LSTM") for name in names]
-    files = {task.name: getattr(options, task.file_option) for task in TASKS.values()}
-    if options.window and not {PREDICTOR.name, FORECASTER.name} & {*options.tasks}:
+    if options.window and not any(hasattr(DEFAULT[name], "window") for name in options.tasks):
         raise InputError("--window is for predictor and forecaster, which --tasks leaves out")
+    files = {task.name: getattr(options, task.file_option) for task in TASKS.values()}
     options.files = {task: path for task, path in files.items() if path is not None}
     for task in options.files:
         if task not in options.tasks:
@@ -2862,7 +2868,7 @@ def report(config: Config, output_dir: Path) -> Results:
             figures[f"{task.name}_errors"] = partial(errors_figure, of_task)
     write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, texts, models))
     drawn, failed = draw(output_dir, figures)
-    print(*texts.values(), f"## Parameters\n\n{markdown(models[['task', 'model', *PARTS, 'parameters']])}", sep="\n\n")
+    print(*texts.values(), parameters_text(models), sep="\n\n")
     print(f"\nTables, figures, records and models are in {output_dir.resolve()}")
     return Results(results, drawn, failed)
 
