@@ -818,12 +818,9 @@ class Recurrent(nn.Module):
     has it. A vanilla RNN has no such gate.
     """
 
-    def __init__(
-        self, layer: type[nn.RNNBase], input_dim: int, hidden_dim: int, n_layers: int, dropout: float, keep_bias: float
-    ):
+    def __init__(self, layer: type, input_dim: int, hidden_dim: int, n_layers: int, dropout: float, keep_bias: float):
         super().__init__()
-        between_layers = dropout if n_layers > 1 else 0.0
-        self.rnn = layer(input_dim, hidden_dim, n_layers, batch_first=True, dropout=between_layers)
+        self.rnn = layer(input_dim, hidden_dim, n_layers, batch_first=True, dropout=dropout if n_layers > 1 else 0.0)
         initialise = {"weight_hh": nn.init.orthogonal_, "weight_ih": nn.init.xavier_uniform_}
         for name, weight in self.rnn.named_parameters():
             gates = weight.detach().split(hidden_dim)  # one per gate
@@ -845,16 +842,13 @@ class Recurrent(nn.Module):
 class SequenceModel(nn.Module):
     """What the three kinds of models share; a subclass of each names the recurrent `layer`.
 
-    A new kind of cell needs a subclass for each task here, an entry in each `Task.models`, in `LearningRates` and in
-    `COLOURS`, and, if it has gates, a look at `Recurrent`. A trained model, as `load_checkpoint` returns it, also has
-    its `preprocessing`, which turns a user's words or values into its input and its output back, and its `metrics` on
-    the test split. Its `describe` gives what the command line prints of a prediction from a text.
+    `describe` gives what the command line prints of a prediction from a text.
     """
 
     layer: type[nn.RNNBase] | None = None
     sample: str | Sequence[float] = "the"  # that can be predicted from
-    preprocessing: Mapping = {}
-    metrics: Mapping[str, float] = {}
+    preprocessing: Mapping = {}  # of a trained model: turns a user's words or values into its input, its output back
+    metrics: Mapping[str, float] = {}  # of a trained model, on the test split
 
     def __init_subclass__(cls, layer: type[nn.RNNBase] | None = None) -> None:
         cls.layer = layer or cls.layer
@@ -908,13 +902,12 @@ class Classifier(SequenceModel):
         """
         texts = [texts] if isinstance(texts, str) else texts
         reviews = [tokenize(text, WORDS)[-self.preprocessing["max_words"] :] for text in texts]
-        self.eval()
         predictions = [(None, math.nan)] * len(reviews)
         with_words = sorted((i for i, review in enumerate(reviews) if review), key=lambda i: len(reviews[i]))
         for start in range(0, len(with_words), 256):
             rows = with_words[start : start + 256]
             ids = ReviewDataset([encode(reviews[i], self.vocabulary) for i in rows], [0] * len(rows)).inputs
-            for i, p in zip(rows, label_probabilities(self(ids)).tolist()):
+            for i, p in zip(rows, label_probabilities(self.eval()(ids)).tolist()):
                 predictions[i] = max(zip(self.preprocessing["labels"], p, strict=True), key=lambda pair: pair[1])
         return predictions
 
@@ -1069,26 +1062,22 @@ class GRUForecaster(Forecaster, layer=nn.GRU):
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Trainable parameters of each part of the model that has any: embedding, recurrent, head."""
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    return {name: count for name, count in counts.items() if count}
+    return {name: n for name, part in model.named_children() if (n := sum(p.numel() for p in part.parameters()))}
 
 
 @torch.no_grad()
 def describe_layers(model: nn.Module, inputs: Tensor) -> list[dict]:
     """The layers in the order in which `inputs` pass them: kind, settings, output shape without B, parameters."""
-    layers, hooks = [], []
+    layers = []
 
     def describe(module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-        shape = list((output[0] if isinstance(output, tuple) else output).shape[1:])
-        layer = {"kind": type(module).__name__, "settings": module.extra_repr(), "shape": shape}
-        layers.append(layer | {"parameters": sum(p.numel() for p in module.parameters(recurse=False))})
-
-    for module in model.modules():
         if isinstance(module, Recurrent) or not list(module.children()):
-            hooks.append(module.register_forward_hook(describe))
-    model.eval()(inputs)
-    for hook in hooks:
-        hook.remove()
+            shape = list((output[0] if isinstance(output, tuple) else output).shape[1:])
+            layer = {"kind": type(module).__name__, "settings": module.extra_repr(), "shape": shape}
+            layers.append(layer | {"parameters": sum(p.numel() for p in module.parameters(recurse=False))})
+
+    with nn.modules.module.register_module_forward_hook(describe):
+        model.eval()(inputs)
     return layers
 
 
