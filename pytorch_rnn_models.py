@@ -1405,18 +1405,9 @@ class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-class EarlyStopping:
-    """Tells the best epoch so far and, as `stop`, when `patience` epochs have passed without a new one."""
-
-    def __init__(self, patience: int):
-        self.patience, self.best, self.bad_epochs, self.stop = patience, math.inf, 0, False
-
-    def update(self, loss: float) -> bool:
-        """Take in an epoch's validation loss; True if it is the lowest so far."""
-        improved = loss < self.best
-        self.best, self.bad_epochs = (loss, 0) if improved else (self.best, self.bad_epochs + 1)
-        self.stop = self.bad_epochs >= self.patience
-        return improved
+def epochs_since_best(losses: Sequence[float]) -> int:
+    """How many epochs have passed since the one of the lowest loss, of equals the first."""
+    return len(losses) - 1 - losses.index(min(losses))
 
 
 def prepare_device(device: torch.device) -> None:
@@ -1448,12 +1439,7 @@ def train_step(model: nn.Module, task: Task, optimizer: optim.Optimizer, batch: 
 
 
 def train_epoch(
-    model: nn.Module,
-    task: Task,
-    optimizer: optim.Optimizer,
-    loader: DataLoader,
-    training: Training,
-    done: Callable = int,
+    model: nn.Module, task: Task, optimizer: optim.Optimizer, loader: Iterable, training: Training, done: Callable = int
 ) -> list[float]:
     """One pass over the data; returns the means of loss, score and norm before clipping. `done` hears of each batch."""
     model.train()  # the means stay on the device: one transfer an epoch, not three a step
@@ -1466,10 +1452,8 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, task: Task, dataset: SequenceDataset, more: Mapping[str, Callable] = {}, batch_size: int = 512
-) -> dict[str, np.ndarray]:
-    """Loss and score of the model, and `more`, on each example of `dataset`, in its order: arrays (N,)."""
+def evaluate(model: nn.Module, task: Task, dataset: SequenceDataset, more: Mapping = {}, batch_size: int = 512) -> dict:
+    """Loss and score of the model, and what `more` names, on each example of `dataset`, in its order: arrays (N,)."""
     model.eval()
     measures = {"loss": task.loss, "score": task.score, **more}
     parts, order = [], dataset.lengths.argsort(stable=True)  # batches of similar length: little padding
@@ -1495,29 +1479,27 @@ def fit(
     plateau = optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=training.lr_factor, patience=training.lr_patience)
     batches = LengthBuckets(data.train.lengths, training.batch_size, random_generator(seed, "batches"))
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)  # batches come whole
-    stopper, history, best_weights = EarlyStopping(training.patience), [], {}
-
-    def done(count: int) -> None:
-        progress(len(history) * len(batches) + count, None)
-
+    history, losses, best_weights = [], [], {}
     for epoch in range(1, training.epochs + 1):
         start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        loss, score, norm = train_epoch(model, task, optimizer, loader, training, done)
-        validation = evaluate(model, task, data.validation)
+        loss, score, norm = train_epoch(
+            model, task, optimizer, loader, training, lambda n: progress(len(losses) * len(batches) + n, None)
+        )
+        validation = task.measure(**evaluate(model, task, data.validation), unit=data.unit)
         row = {"epoch": epoch, "learning_rate": rate, "gradient_norm": norm, "seconds": time.perf_counter() - start}
-        row |= {"train": task.measure(loss, score, data.unit), "validation": task.measure(**validation, unit=data.unit)}
-        val_loss = row["validation"]["loss"]
-        if not math.isfinite(loss + val_loss):
+        row |= {"train": task.measure(loss, score, data.unit), "validation": validation}
+        losses.append(validation["loss"])
+        if not math.isfinite(loss + losses[-1]):
             who = f"{type(model).__name__} ({task.name}), seed {seed}"
             advice = f"try a learning rate below {rate:g} or a clip norm below {training.clip_norm:g}"
             raise TrainingDiverged(f"{who}: the loss is not finite in epoch {epoch}; {advice}")
         history.append(row)
         progress(epoch * len(batches), row)
-        if stopper.update(val_loss):
+        if epochs_since_best(losses) == 0:
             best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-        if stopper.stop:
+        if epochs_since_best(losses) >= training.patience:
             break
-        plateau.step(val_loss)
+        plateau.step(losses[-1])
     model.load_state_dict(best_weights)
     return history
 
