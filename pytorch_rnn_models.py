@@ -1509,7 +1509,7 @@ def fit(
 # ======================================================================================
 
 
-def activation_bytes(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor]) -> int:
+def activation_bytes(model: nn.Module, task: Task, batch: Batch) -> int:
     """Bytes that the forward pass on `batch` keeps for the backward pass, the weights themselves left out."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -1524,12 +1524,9 @@ def activation_bytes(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor])
 
 def kernel_name(model: nn.Module, inputs: Tensor) -> str:
     """Which implementation of the recurrent layer runs: cuDNN, oneDNN, or PyTorch's generic one."""
-    nodes = dict.fromkeys([model(inputs[:2]).grad_fn])
-    queue = deque(nodes)
-    while queue:  # the backward graph, whose nodes are named after the operators that ran
-        new = [parent for parent, _ in queue.popleft().next_functions if parent and parent not in nodes]
-        nodes |= dict.fromkeys(new)
-        queue += new
+    nodes = [model(inputs[:2, :2]).grad_fn]  # of the backward graph, named after the operators that ran
+    for node in nodes:  # grows on the way
+        nodes += [parent for parent, _ in node.next_functions if parent and parent not in nodes]
     names = " ".join(node.name() for node in nodes)
     return "cuDNN" if "CudnnRnn" in names else "oneDNN" if "MkldnnRnn" in names else "generic"
 
@@ -1540,7 +1537,7 @@ def measure_costs(
     """What a training step of each model costs, in the script's own loop and in the barest one possible.
 
     The models and the two loops take turns on the same `steps` batches, from short to long examples, `rounds` times,
-    after a step to warm up, and the loop that begins changes every round; the medians count. The overhead is a share
+    after a bare loop to warm up, and their order is turned round every time; the medians count. The overhead is a share
     of the bare loop next to it. Activations are those of a full batch of the longest examples that may occur.
     """
     lengths, size = data.train.lengths, min(training.batch_size, len(data.train))
@@ -1548,13 +1545,12 @@ def measure_costs(
     full.sort(key=lambda rows: lengths[rows].max())
     batches = [full[int((i + 0.5) / steps * len(full))] for i in range(steps)]
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)
-    ready, length = [data.train.__getitems__(rows) for rows in batches], data.preprocessing.get("max_words")
-    inputs, targets = data.train.inputs[:size], data.train.targets[:size]
-    longest = inputs.new_ones(size, length or data.preprocessing["window"], *inputs.shape[2:]), targets
-    loops, times, costs = {}, defaultdict(list), {}
+    ready, loops, times, costs = list(loader), {}, defaultdict(list), {}
+    length = data.preprocessing.get("max_words") or data.preprocessing["window"]
+    longest = data.train.inputs.new_ones(size, length, *data.train.inputs.shape[2:]), data.train.targets[:size]
 
-    def bare_epoch(model: nn.Module, optimizer: optim.Optimizer, batches: Sequence[Batch]) -> None:
-        for inputs, targets in batches:  # the least that training is: forward, backward and step
+    def bare_epoch(model: nn.Module, optimizer: optim.Optimizer) -> None:
+        for inputs, targets in ready:  # the least that training is: forward, backward and step
             optimizer.zero_grad(set_to_none=True)
             loss = task.loss(model(inputs), targets).mean()
             loss.backward()
@@ -1563,21 +1559,21 @@ def measure_costs(
 
     for name, model in models.items():
         optimizer = new_optimizer(model, training)
-        bare_epoch(model, optimizer, ready[-1:])
-        loops[name, "bare"] = partial(bare_epoch, model, optimizer, ready)
-        loops[name, "full"] = partial(train_epoch, model, task, optimizer, loader, training)
+        loops[name, "bare_"] = partial(bare_epoch, model, optimizer)
+        loops[name, ""] = partial(train_epoch, model, task, optimizer, loader, training)
+        loops[name, "bare_"]()
     for turn in range(rounds):
-        for key in [(name, kind) for name in models for kind in ("bare", "full")[:: (-1) ** turn]]:
+        for key in list(loops)[:: (-1) ** turn]:
             start = time.perf_counter()
             loops[key]()
             times[key].append((time.perf_counter() - start) / steps)
     for name, model in models.items():
-        bare, full = (np.array(times[name, kind]) for kind in ("bare", "full"))
-        cost = {"overhead": round(float(np.median(full / bare)) - 1, 4), "kernel": kernel_name(model, ready[0][0])}
-        for prefix, seconds in (("", float(np.median(full))), ("bare_", float(np.median(bare)))):
+        cost = {"kernel": kernel_name(model, ready[0][0]), "activation_bytes": activation_bytes(model, task, longest)}
+        cost |= {"overhead": round(np.median(np.divide(times[name, ""], times[name, "bare_"])) - 1, 4)}
+        for prefix in ("", "bare_"):
+            seconds = np.median(times[name, prefix])
             cost |= {f"{prefix}ms_per_step": round(1000 * seconds, 2)}
             cost |= {f"{prefix}samples_per_second": round(size / seconds)}
-        cost["activation_bytes"] = activation_bytes(model, task, longest)
         costs[name] = cost | {"batches_per_epoch": math.ceil(len(data.train) / training.batch_size)}
     return costs
 
@@ -1586,11 +1582,10 @@ def gradient_by_step(model: nn.Module, task: Task, data: TaskData, n: int = 64) 
     """Norm of the loss's gradient at the embedded input, by steps back from the end: of the `n` longest reviews."""
     rows = data.test.lengths.topk(min(n, len(data.test))).indices
     (inputs, targets), lengths, embedded = data.test.__getitems__(rows), data.test.lengths[rows], []
-    hook = model.embedding.register_forward_hook(lambda _module, _inputs, output: embedded.append(output))
     model.train()  # cuDNN goes backward in training mode only
     model.dropout.eval()
-    loss = task.loss(model(inputs), targets).sum()
-    hook.remove()
+    with model.embedding.register_forward_hook(lambda _module, _inputs, output: embedded.append(output)):
+        loss = task.loss(model(inputs), targets).sum()
     sizes = torch.autograd.grad(loss, embedded[0])[0].norm(dim=2).cpu()  # (n, T, E) -> (n, T)
     back = lengths[:, None] - 1 - torch.arange(int(lengths.min()))  # (n, steps): position of each step back
     return sizes.gather(1, back).mean(dim=0).tolist()
@@ -1617,9 +1612,8 @@ def label_evidence(task: Task, trained: nn.Module, untrained: nn.Module, data: T
     """The gradient by time step, after training and before, and the confusion matrix (K, K): truth, answer."""
     labels = data.preprocessing["labels"]
     confusion = pd.crosstab(found["truth"], found["answer"]).reindex(index=labels, columns=labels, fill_value=0)
-    gradients = {"gradient": trained, "initial_gradient": untrained}
-    gradients = {name: gradient_by_step(model, task, data) for name, model in gradients.items()}
-    return gradients | {"labels": labels, "confusion": confusion.to_numpy().tolist()}
+    after, before = (gradient_by_step(model, task, data) for model in (trained, untrained))
+    return {"gradient": after, "initial_gradient": before, "labels": labels, "confusion": confusion.to_numpy().tolist()}
 
 
 EVIDENCE = {  # task: (task, trained model, untrained model, data, predictions) -> what a record holds beside scores
