@@ -1253,14 +1253,11 @@ def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
 
 
-def plain(value: float, digits: int = 3) -> str:
-    """A number as people write it, to so many digits: 110, not 1.1e+02."""
-    return f"{value:.{decimals(value, digits)}f}" if math.isfinite(value) else str(value)
-
-
-def decimals(value: float, digits: int) -> int:
-    """How many places after the point show so many digits of a number."""
-    return max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 0
+def plain(value: float, digits: int = 3, scale: float | None = None) -> str:
+    """A number as people write it, with the places that so many digits of `scale` need: 110, not 1.1e+02."""
+    scale = value if scale is None else scale
+    places = digits - 1 - math.floor(math.log10(abs(scale))) if scale and math.isfinite(scale) else 0
+    return f"{value:z.{max(0, places)}f}"
 
 
 @dataclass(frozen=True)
@@ -1279,12 +1276,12 @@ class Metric:
         """'76.1 % ± 1.2': a mean with its standard deviation, if there is one worth showing."""
         digits = 4 if self.unit_power else 3
         number = f"{100 * mean:.1f} %" if self.is_share else plain(mean, digits)
-        spread = f"{100 * std:.1f}" if self.is_share else f"{std:.{decimals(mean, digits)}f}"
-        return number if not std > 1e-9 * abs(mean) or not float(spread) else f"{number} ± {spread}"
+        spread = f"{100 * std:.1f}" if self.is_share else plain(std, digits, mean)
+        return f"{number} ± {spread}" if float(spread) > 0 else number
 
     def difference(self, value: float, scale: float) -> str:
         """A difference as a person reads it: shares in points of a hundred, the rest with two digits of `scale`."""
-        return f"{100 * value:z.1f}" if self.is_share else f"{value:z.{decimals(scale, 2)}f}"
+        return f"{100 * value:z.1f}" if self.is_share else plain(value, 2, scale)
 
 
 @dataclass(frozen=True)
@@ -1310,31 +1307,16 @@ class Task:
         return {"loss": means["loss"]} | metrics
 
 
-def per_example(loss: Callable[..., Tensor], output: Tensor, target: Tensor) -> Tensor:
-    """Any of torch's losses, one value per example: (B,) or (B, K) -> (B,)."""
-    return loss(output, target, reduction="none").reshape(len(target), -1).mean(dim=1)
-
-
 def label_loss(output: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of a classifier's output (B, 1) or (B, K) with labels (B, 1): (B,)."""
     if output.shape[1] == 1:
-        return per_example(F.binary_cross_entropy, output, target)
+        return F.binary_cross_entropy(output, target, reduction="none")[:, 0]
     return F.nll_loss(output.clamp_min(1e-30).log(), target[:, 0].long(), reduction="none")
-
-
-def label_hits(output: Tensor, target: Tensor) -> Tensor:
-    """1 where the likeliest label is the right one (B, 1): (B,)."""
-    return (label_probabilities(output).argmax(dim=1) == target[:, 0]).float()
 
 
 def likeliest_word(output: Tensor, _target: Tensor) -> Tensor:
     """The likeliest word of logits (B, V), <pad> and <unk> left out: (B,)."""
     return output[:, 2:].argmax(dim=1) + 2
-
-
-def likeliest_hits(output: Tensor, target: Tensor) -> Tensor:
-    """1 where the likeliest word of logits (B, V) is the target (B,): (B,)."""
-    return (likeliest_word(output, target) == target).float()
 
 
 def perplexity(loss: float) -> float:
@@ -1356,7 +1338,7 @@ CLASSIFIER = Task(
     models={"RNN": RNNClassifier, "LSTM": LSTMClassifier, "GRU": GRUClassifier},
     build_data=build_reviews,
     loss=label_loss,
-    score=label_hits,
+    score=lambda output, target: (label_probabilities(output).argmax(dim=1) == target[:, 0]).float(),
     metrics=(ACCURACY, CROSS_ENTROPY),
     answers={
         "answer": lambda output, _: label_probabilities(output).argmax(dim=1),
@@ -1371,8 +1353,8 @@ PREDICTOR = Task(
     question="Which word comes next? Verbs and objects depend on a subject up to nine words back, past other nouns.",
     models={"RNN": RNNPredictor, "LSTM": LSTMPredictor, "GRU": GRUPredictor},
     build_data=build_corpus,
-    loss=partial(per_example, F.cross_entropy),
-    score=likeliest_hits,
+    loss=partial(F.cross_entropy, reduction="none"),
+    score=lambda output, target: (likeliest_word(output, target) == target).float(),
     metrics=(ACCURACY, CROSS_ENTROPY, PERPLEXITY),
     answers={"answer": likeliest_word, "probability": lambda output, _: output[:, 2:].softmax(dim=1).amax(dim=1)},
     file_option="corpus",
@@ -1384,8 +1366,8 @@ FORECASTER = Task(
     question="What is the next value of a noisy sine whose period switches at random among three?",
     models={"RNN": RNNForecaster, "LSTM": LSTMForecaster, "GRU": GRUForecaster},
     build_data=build_series,
-    loss=partial(per_example, F.mse_loss),
-    score=partial(per_example, F.l1_loss),
+    loss=lambda output, target: F.mse_loss(output, target, reduction="none").mean(dim=1),
+    score=lambda output, target: F.l1_loss(output, target, reduction="none").mean(dim=1),
     metrics=(MSE, MAE),
     answers={"answer": lambda output, _: output[:, 0]},
     file_option="series",
