@@ -1117,21 +1117,17 @@ def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CP
     layer, which reads it last, remembers best. A file's reviews are shuffled and then dealt out so that each split
     has its share of every label.
     """
-    rng = random_generator(seed, "reviews")
-    if config.file:
-        reviews = read_reviews(read_text(config.file.path), *config.file.columns)
-        order = pd.Series(reviews.labels)[rng.permutation(len(reviews.labels))]
-        by_label = order.groupby(order)  # the i-th of n examples of a label comes at (i + 0.5) / n of the way
-        order = ((by_label.cumcount() + 0.5) / by_label.transform("size")).sort_values(kind="stable").index
-    else:
-        reviews = generate_reviews(config, rng)
-        order = range(len(reviews.texts))
-    words, first = [tokenize(text, WORDS) for text in reviews.texts], {}
-    for i in order:  # of each wording the first review: repetitions would cross the splits
-        first.setdefault(tuple(words[i]), i)
-    keep = [i for review, i in first.items() if review]
-    parts = three_parts(len(keep), 20, "different reviews that hold a word")
-    words, labels = [words[i][-config.max_words :] for i in keep], reviews.labels[keep]
+    rng, file = random_generator(seed, "reviews"), config.file
+    reviews = read_reviews(read_text(file.path), *file.columns) if file else generate_reviews(config, rng)
+    words = pd.Series([tuple(tokenize(text, WORDS)) for text in reviews.texts])
+    if file:
+        labels = pd.Series(reviews.labels)[rng.permutation(len(words))]
+        by_label = labels.groupby(labels)  # the i-th of n examples of a label comes at (i + 0.5) / n of the way
+        words = words[((by_label.cumcount() + 0.5) / by_label.transform("size")).sort_values(kind="stable").index]
+    words = words[words.map(bool)].drop_duplicates()  # repetitions would cross the splits
+    parts = three_parts(len(words), 20, "different reviews that hold a word")
+    keep, words = words.index, [review[-config.max_words :] for review in words]
+    labels, tested = reviews.labels[keep], keep[parts[2]]
     vocabulary = fit_vocabulary((word for review in words[parts[0]] for word in review), config.vocab_size)
     ids = [encode(review, vocabulary) for review in words]
     train, validation, test = (ReviewDataset(ids[part], labels[part], device) for part in parts)
@@ -1139,46 +1135,44 @@ def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CP
     facts |= {f"share {name}": np.mean(labels == label) for label, name in enumerate(reviews.names)}
     lengths = [len(review) for review in words]
     facts |= {"mean length (words)": np.mean(lengths), "longest": max(lengths)}
-    facts |= {"distinct words": len({word for review in words for word in review}), "vocabulary": len(vocabulary)}
+    facts |= {"distinct words": len(set().union(*words)), "vocabulary": len(vocabulary)}
     facts |= {"unknown words in the test split": (test.inputs == 1).sum().item() / test.lengths.sum().item()}
     preprocessing = {"vocabulary": list(vocabulary), "labels": list(reviews.names), "max_words": config.max_words}
-    tested, truth, subsets, ceiling = np.array(keep)[parts[2]], labels[parts[2]], {}, []
-    if not config.file:
+    names, truth, subsets, ceiling = np.array(reviews.names), labels[parts[2]], {}, []
+    asked = pd.DataFrame({"text": [reviews.texts[i] for i in tested], "truth": names[truth]})
+    if not file:
         contradicts = reviews.praised[tested] != (truth == 1)
         subsets = {CONTRADICTS: contradicts, AGREES: ~contradicts}
         log_odds = np.stack([np.zeros(len(tested)), reviews.log_odds[tested]], axis=1)
         ceiling = [label_reference("Bayes decision", "ceiling", log_odds, truth)]
-    sizes = {"vocab_size": len(vocabulary), "output_dim": len(reviews.names) if len(reviews.names) > 2 else 1}
-
-    def predictions(answers: Mapping[str, np.ndarray]) -> pd.DataFrame:
-        names = np.array(reviews.names)
-        found = {"text": [reviews.texts[i] for i in tested], "truth": names[truth]}
-        return pd.DataFrame(found | {"answer": names[answers["answer"]], "probability": answers["probability"]})
-
+    sizes = {"vocab_size": len(vocabulary), "output_dim": len(names) if len(names) > 2 else 1}
     baselines = partial(review_baselines, train, test, len(vocabulary))
-    samples = [f"{reviews.names[reviews.labels[i]]}: {reviews.texts[i]}" for i in keep[:3]]
-    more = {"predictions": predictions, "samples": samples, "subsets": subsets}
+    samples = [f"{names[reviews.labels[i]]}: {reviews.texts[i]}" for i in keep[:3]]
+    more = {"predictions": lambda got: asked.assign(answer=names[got["answer"]], probability=got["probability"])}
+    more |= {"samples": samples, "subsets": subsets}
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
 
 
 def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU) -> TaskData:
     """A corpus, cut in three, encoded with the training part's vocabulary; raises InputError."""
-    text = None if config.file else generate_corpus(config, random_generator(seed, "corpus"))
+    text, window = None if config.file else generate_corpus(config, random_generator(seed, "corpus")), config.window
     lines = io.StringIO(read_text(config.file.path)) if config.file else ()  # one at a time, which saves memory
     words = text.words if text else [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
-    parts = three_parts(len(words), 8 * (config.window + 1), "words")  # cut before windowing: none straddles a cut
+    parts = three_parts(len(words), 8 * (window + 1), "words")  # cut before windowing: none straddles a cut
     vocabulary = fit_vocabulary(words[parts[0]], config.vocab_size)
     if len(vocabulary) < 3:
         raise InputError(f"no known word in its first {TRAIN_SHARE:.0%}, the training part")
-    ids = encode(words, vocabulary)
-    train = CorpusDataset(ids[parts[0]], config.window, device=device)
-    validation, test = (CorpusDataset(ids[part], config.window, MOST_WINDOWS, device) for part in parts[1:])
-    seen = set(zip(*(ids[parts[0]][i:] for i in range(config.window))))
+    ids, known = encode(words, vocabulary), np.array(list(vocabulary))
+    train = CorpusDataset(ids[parts[0]], window, device=device)
+    validation, test = (CorpusDataset(ids[part], window, MOST_WINDOWS, device) for part in parts[1:])
+    seen = set(zip(*(ids[parts[0]][i:] for i in range(window))))
     facts = {"words": len(ids), "distinct words": len(set(words)), "vocabulary": len(vocabulary)}
     facts |= {"test windows": len(test), "unknown words in the test split": (test.targets == 1).float().mean().item()}
     facts |= {"test windows that also occur in training": np.mean([tuple(w) in seen for w in test.inputs.tolist()])}
+    places = range(parts[2].start, len(words) - window, test.stride)  # where the test windows begin
+    targets = slice(parts[2].start + window, None, test.stride)  # the words that they ask for
+    asked = pd.DataFrame({"text": [" ".join(words[i : i + window]) for i in places], "truth": words[targets]})
     subsets, ceiling = {}, []
-    targets = slice(parts[2].start + config.window, None, test.stride)  # the words that the test windows ask for
     if text:
         roles, distances = map(np.array, zip(*text.cues[targets]))
         for role, distance in sorted({*text.cues[targets]} - {("", 0)}):
@@ -1186,18 +1180,11 @@ def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU)
         subsets[FAR] = distances >= 5
         entropy, hits = np.array(text.entropy[targets]), np.array(text.hits[targets], dtype=float)
         ceiling = [Reference(FULL_STATE, "ceiling", entropy, hits)]
-
-    def predictions(answers: Mapping[str, np.ndarray]) -> pd.DataFrame:
-        places = range(parts[2].start, len(words), test.stride)
-        found = {"text": [" ".join(words[i : i + config.window]) for i, _ in zip(places, answers["answer"])]}
-        found |= {"truth": words[targets], "answer": np.array(list(vocabulary))[answers["answer"]]}
-        return pd.DataFrame(found | {"probability": answers["probability"]})
-
-    preprocessing, sizes = {"vocabulary": list(vocabulary), "window": config.window}, {"vocab_size": len(vocabulary)}
+    preprocessing, sizes = {"vocabulary": list(vocabulary), "window": window}, {"vocab_size": len(vocabulary)}
     baselines = partial(corpus_baselines, ids[parts[0]], test, len(vocabulary))
-    step = config.window + 1
-    samples = [f"{' '.join(words[i : i + step - 1])} -> {words[i + step - 1]}" for i in range(0, 3 * step, step)]
-    more = {"predictions": predictions, "samples": samples, "subsets": subsets}
+    samples = [f"{' '.join(words[i : i + window])} -> {words[i + window]}" for i in (0, window + 1, 2 * window + 2)]
+    more = {"predictions": lambda got: asked.assign(answer=known[got["answer"]], probability=got["probability"])}
+    more |= {"samples": samples, "subsets": subsets}
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
 
 
@@ -1229,8 +1216,7 @@ def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU
         errors = (best - mean) / std - test.targets[:, 0].cpu().numpy()
         ceiling = [Reference("exact filter", "ceiling", errors**2, np.abs(errors))]
     low, high = float(train_values.min()), float(train_values.max())
-    beyond = np.mean((test_values < low) | (test_values > high))
-    if beyond > 0.1:
+    if (beyond := np.mean((test_values < low) | (test_values > high))) > 0.1:
         where = f"{beyond:.0%} of the test part's values lie outside those of the training part ({low:g} to {high:g})"
         doubts.append(f"{where}: what was learnt may not hold there; look at the baselines, try its differences")
     if window < config.window:
@@ -1238,17 +1224,13 @@ def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU
     season = season_of(every)
     facts = {"steps": len(values), "least": values.min(), "largest": values.max(), "window (steps)": window}
     facts |= {"season (steps)": season} if season else {}
-
-    def predictions(answers: Mapping[str, np.ndarray]) -> pd.DataFrame:
-        shown = np.lib.stride_tricks.sliding_window_view(test_values, window)[:-1]
-        forecasts = shown[:, -1] + std * answers["answer"]
-        found = {"window": [" ".join(f"{value:.5g}" for value in row) for row in shown], "truth": test_values[window:]}
-        return pd.DataFrame(found | {"answer": forecasts, "error": forecasts - test_values[window:]})
-
+    written, last, truth = [f"{value:.5g}" for value in test_values], test_values[window - 1 : -1], test_values[window:]
+    asked = pd.DataFrame({"window": [" ".join(written[i : i + window]) for i in range(len(truth))], "truth": truth})
     preprocessing = {"scaler": {"mean": mean, "std": std, "range": [low, high]}, "window": window}
     baselines = partial(series_baselines, every, test)
     samples = [" ".join(f"{value:.4g}" for value in train_values[i : i + 12]) + " ..." for i in (0, window, 2 * window)]
-    more = {"predictions": predictions, "samples": samples, "doubts": doubts, "unit": std, "offset": mean}
+    more = {"predictions": lambda got: asked.assign(answer=last + std * got["answer"]).eval("error = answer - truth")}
+    more |= {"samples": samples, "doubts": doubts, "unit": std, "offset": mean}
     sizes = {"input_dim": 1, "output_dim": 1}
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
 
