@@ -884,12 +884,10 @@ class Classifier(SequenceModel):
         # measured: with 3 both gated cells learn to read 200 words; on the short windows of the other tasks 0 is better
         self.recurrent = Recurrent(self.layer, embed_dim, hidden_dim, n_layers, dropout, keep_bias=3.0)
         self.dropout = nn.Dropout(dropout)
-        last = nn.Sigmoid() if output_dim == 1 else nn.Softmax(dim=1)
-        self.head = nn.Sequential(nn.Linear(hidden_dim, output_dim), last)
+        self.head = nn.Sequential(nn.Linear(hidden_dim, output_dim), nn.Sigmoid() if output_dim == 1 else nn.Softmax(1))
 
     def forward(self, ids: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        last = ((ids != 0) * positions).amax(dim=1)  # (B, T) -> (B,)
+        last = ((ids != 0) * torch.arange(ids.shape[1], device=ids.device)).amax(dim=1)  # (B, T) -> (B,)
         state = self.recurrent(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, H)
         return self.head(self.dropout(state))  # (B, H) -> (B, output_dim)
 
@@ -1221,9 +1219,8 @@ def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU
         doubts.append(f"{where}: what was learnt may not hold there; look at the baselines, try its differences")
     if window < config.window:
         doubts.append(f"{len(values):,} values are few: windows of {window} steps in place of {config.window}")
-    season = season_of(every)
     facts = {"steps": len(values), "least": values.min(), "largest": values.max(), "window (steps)": window}
-    facts |= {"season (steps)": season} if season else {}
+    facts |= {"season (steps)": season} if (season := season_of(every)) else {}
     written, last, truth = [f"{value:.5g}" for value in test_values], test_values[window - 1 : -1], test_values[window:]
     asked = pd.DataFrame({"window": [" ".join(written[i : i + window]) for i in range(len(truth))], "truth": truth})
     preprocessing = {"scaler": {"mean": mean, "std": std, "range": [low, high]}, "window": window}
@@ -1296,11 +1293,6 @@ def label_loss(output: Tensor, target: Tensor) -> Tensor:
     return F.nll_loss(output.clamp_min(1e-30).log(), target[:, 0].long(), reduction="none")
 
 
-def likeliest_word(output: Tensor, _target: Tensor) -> Tensor:
-    """The likeliest word of logits (B, V), <pad> and <unk> left out: (B,)."""
-    return output[:, 2:].argmax(dim=1) + 2
-
-
 def perplexity(loss: float) -> float:
     """The exponential of a cross-entropy in nats; infinite where a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf
@@ -1336,9 +1328,12 @@ PREDICTOR = Task(
     models={"RNN": RNNPredictor, "LSTM": LSTMPredictor, "GRU": GRUPredictor},
     build_data=build_corpus,
     loss=partial(F.cross_entropy, reduction="none"),
-    score=lambda output, target: (likeliest_word(output, target) == target).float(),
+    score=lambda output, target: (output[:, 2:].argmax(dim=1) + 2 == target).float(),  # <pad> and <unk> are no words
     metrics=(ACCURACY, CROSS_ENTROPY, PERPLEXITY),
-    answers={"answer": likeliest_word, "probability": lambda output, _: output[:, 2:].softmax(dim=1).amax(dim=1)},
+    answers={
+        "answer": lambda output, _: output[:, 2:].argmax(dim=1) + 2,
+        "probability": lambda output, _: output[:, 2:].softmax(dim=1).amax(dim=1),
+    },
     file_option="corpus",
     hard_subset=FAR,
 )
@@ -1495,10 +1490,8 @@ def kernel_name(model: nn.Module, inputs: Tensor) -> str:
     return "cuDNN" if "CudnnRnn" in names else "oneDNN" if "MkldnnRnn" in names else "generic"
 
 
-def measure_costs(
-    task: Task, models: Mapping[str, nn.Module], training: Training, data: TaskData, steps: int, rounds: int
-) -> dict[str, dict]:
-    """What a training step of each model costs, in the script's own loop and in the barest one possible.
+def measure_costs(task: Task, models: Mapping, training: Training, data: TaskData, steps: int, rounds: int) -> dict:
+    """What a training step of each model costs, by its name: in the script's own loop and in the barest one possible.
 
     The models and the two loops take turns on the same `steps` batches, from short to long examples, `rounds` times,
     after a bare loop to warm up, and their order is turned round every time; the medians count. The overhead is a share
