@@ -840,10 +840,7 @@ class Recurrent(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """What the three kinds of models share; a subclass of each names the recurrent `layer`.
-
-    `describe` gives what the command line prints of a prediction from a text.
-    """
+    """What all models share: a subclass names its recurrent `layer`; its `describe` is what --predict prints."""
 
     layer: type[nn.RNNBase] | None = None
     sample: str | Sequence[float] = "the"  # that can be predicted from
@@ -996,7 +993,7 @@ class Forecaster(SequenceModel):
         """The next `length` values of a series (N,), in its own units; each forecast is fed back for the next.
 
         Of the series the last `window` values are read; a shorter one is read whole, which is less than the
-        model was trained on. Raises InputError if there is no value or one that is not finite.
+        model was trained on. Raises InputError if there is no value, or one or a forecast that is not finite.
         """
         with suppress(TypeError, ValueError, OverflowError):
             values = np.array(values, dtype=float)
@@ -1007,7 +1004,8 @@ class Forecaster(SequenceModel):
         require(std > 0 and low <= high, f"a scaler of {scaler}")
         scaled = torch.as_tensor((values[-window:] - mean) / std, dtype=torch.float32)
         forecasts = self.roll_forward(scaled[None, :, None], length)[0].double().numpy() * std + mean
-        require(np.isfinite(forecasts).all(), "a forecast that is not finite")
+        if not np.isfinite(forecasts).all():
+            raise InputError("a forecast is not finite: the values lie too far from those of training")
         return forecasts
 
     def describe(self, source: str, options: argparse.Namespace) -> str:
@@ -1397,15 +1395,13 @@ def train_step(model: nn.Module, task: Task, optimizer: optim.Optimizer, batch: 
     return torch.stack([torch.cat(losses).mean(), torch.cat(scores).mean(), norm])
 
 
-def train_epoch(
-    model: nn.Module, task: Task, optimizer: optim.Optimizer, loader: Iterable, training: Training, done: Callable = int
-) -> list[float]:
-    """One pass over the data; returns the means of loss, score and norm before clipping. `done` hears of each batch."""
+def train_epoch(model: nn.Module, step: Callable, loader: Iterable[Batch], done: Callable = int) -> list[float]:
+    """One pass over the data; returns the means of what `step`, a `train_step`, returns. `done` hears of each batch."""
     model.train()  # the means stay on the device: one transfer an epoch, not three a step
     means, seen = torch.zeros(3, device=next(model.parameters()).device), 0
     for batches, batch in enumerate(loader, start=1):
         seen += len(batch[1])
-        means += (train_step(model, task, optimizer, batch, training) - means) * (len(batch[1]) / seen)
+        means += (step(batch) - means) * (len(batch[1]) / seen)
         done(batches)
     return means.tolist()
 
@@ -1438,12 +1434,11 @@ def fit(
     plateau = optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=training.lr_factor, patience=training.lr_patience)
     batches = LengthBuckets(data.train.lengths, training.batch_size, random_generator(seed, "batches"))
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)  # batches come whole
+    step = partial(train_step, model, task, optimizer, training=training)
     history, losses, best_weights = [], [], {}
     for epoch in range(1, training.epochs + 1):
         start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        loss, score, norm = train_epoch(
-            model, task, optimizer, loader, training, lambda n: progress(len(losses) * len(batches) + n, None)
-        )
+        loss, score, norm = train_epoch(model, step, loader, lambda n: progress(len(losses) * len(batches) + n, None))
         validation = task.measure(**evaluate(model, task, data.validation), unit=data.unit)
         row = {"epoch": epoch, "learning_rate": rate, "gradient_norm": norm, "seconds": time.perf_counter() - start}
         row |= {"train": task.measure(loss, score, data.unit), "validation": validation}
@@ -1517,7 +1512,8 @@ def measure_costs(task: Task, models: Mapping, training: Training, data: TaskDat
     for name, model in models.items():
         optimizer = new_optimizer(model, training)
         loops[name, "bare_"] = partial(bare_epoch, model, optimizer)
-        loops[name, ""] = partial(train_epoch, model, task, optimizer, loader, training)
+        step = partial(train_step, model, task, optimizer, training=training)
+        loops[name, ""] = partial(train_epoch, model, step, loader)
         loops[name, "bare_"]()
     for turn in range(rounds):
         for key in list(loops)[:: (-1) ** turn]:
