@@ -818,12 +818,9 @@ class Recurrent(nn.Module):
     has it. A vanilla RNN has no such gate.
     """
 
-    def __init__(
-        self, layer: type[nn.RNNBase], input_dim: int, hidden_dim: int, n_layers: int, dropout: float, keep_bias: float
-    ):
+    def __init__(self, layer: type, input_dim: int, hidden_dim: int, n_layers: int, dropout: float, keep_bias: float):
         super().__init__()
-        between_layers = dropout if n_layers > 1 else 0.0
-        self.rnn = layer(input_dim, hidden_dim, n_layers, batch_first=True, dropout=between_layers)
+        self.rnn = layer(input_dim, hidden_dim, n_layers, batch_first=True, dropout=dropout if n_layers > 1 else 0.0)
         initialise = {"weight_hh": nn.init.orthogonal_, "weight_ih": nn.init.xavier_uniform_}
         for name, weight in self.rnn.named_parameters():
             gates = weight.detach().split(hidden_dim)  # one per gate
@@ -843,18 +840,12 @@ class Recurrent(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """What the three kinds of models share; a subclass of each names the recurrent `layer`.
-
-    A new kind of cell needs a subclass for each task here, an entry in each `Task.models`, in `LearningRates` and in
-    `COLOURS`, and, if it has gates, a look at `Recurrent`. A trained model, as `load_checkpoint` returns it, also has
-    its `preprocessing`, which turns a user's words or values into its input and its output back, and its `metrics` on
-    the test split. Its `describe` gives what the command line prints of a prediction from a text.
-    """
+    """What all models share: a subclass names its recurrent `layer`; its `describe` is what --predict prints."""
 
     layer: type[nn.RNNBase] | None = None
     sample: str | Sequence[float] = "the"  # that can be predicted from
-    preprocessing: Mapping = {}
-    metrics: Mapping[str, float] = {}
+    preprocessing: Mapping = {}  # of a trained model: turns a user's words or values into its input, its output back
+    metrics: Mapping[str, float] = {}  # of a trained model, on the test split
 
     def __init_subclass__(cls, layer: type[nn.RNNBase] | None = None) -> None:
         cls.layer = layer or cls.layer
@@ -890,12 +881,10 @@ class Classifier(SequenceModel):
         # measured: with 3 both gated cells learn to read 200 words; on the short windows of the other tasks 0 is better
         self.recurrent = Recurrent(self.layer, embed_dim, hidden_dim, n_layers, dropout, keep_bias=3.0)
         self.dropout = nn.Dropout(dropout)
-        last = nn.Sigmoid() if output_dim == 1 else nn.Softmax(dim=1)
-        self.head = nn.Sequential(nn.Linear(hidden_dim, output_dim), last)
+        self.head = nn.Sequential(nn.Linear(hidden_dim, output_dim), nn.Sigmoid() if output_dim == 1 else nn.Softmax(1))
 
     def forward(self, ids: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        last = ((ids != 0) * positions).amax(dim=1)  # (B, T) -> (B,)
+        last = ((ids != 0) * torch.arange(ids.shape[1], device=ids.device)).amax(dim=1)  # (B, T) -> (B,)
         state = self.recurrent(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, H)
         return self.head(self.dropout(state))  # (B, H) -> (B, output_dim)
 
@@ -908,13 +897,12 @@ class Classifier(SequenceModel):
         """
         texts = [texts] if isinstance(texts, str) else texts
         reviews = [tokenize(text, WORDS)[-self.preprocessing["max_words"] :] for text in texts]
-        self.eval()
         predictions = [(None, math.nan)] * len(reviews)
         with_words = sorted((i for i, review in enumerate(reviews) if review), key=lambda i: len(reviews[i]))
         for start in range(0, len(with_words), 256):
             rows = with_words[start : start + 256]
             ids = ReviewDataset([encode(reviews[i], self.vocabulary) for i in rows], [0] * len(rows)).inputs
-            for i, p in zip(rows, label_probabilities(self(ids)).tolist()):
+            for i, p in zip(rows, label_probabilities(self.eval()(ids)).tolist()):
                 predictions[i] = max(zip(self.preprocessing["labels"], p, strict=True), key=lambda pair: pair[1])
         return predictions
 
@@ -1005,7 +993,7 @@ class Forecaster(SequenceModel):
         """The next `length` values of a series (N,), in its own units; each forecast is fed back for the next.
 
         Of the series the last `window` values are read; a shorter one is read whole, which is less than the
-        model was trained on. Raises InputError if there is no value or one that is not finite.
+        model was trained on. Raises InputError if there is no value, or one or a forecast that is not finite.
         """
         with suppress(TypeError, ValueError, OverflowError):
             values = np.array(values, dtype=float)
@@ -1016,7 +1004,8 @@ class Forecaster(SequenceModel):
         require(std > 0 and low <= high, f"a scaler of {scaler}")
         scaled = torch.as_tensor((values[-window:] - mean) / std, dtype=torch.float32)
         forecasts = self.roll_forward(scaled[None, :, None], length)[0].double().numpy() * std + mean
-        require(np.isfinite(forecasts).all(), "a forecast that is not finite")
+        if not np.isfinite(forecasts).all():
+            raise InputError("a forecast is not finite: the values lie too far from those of training")
         return forecasts
 
     def describe(self, source: str, options: argparse.Namespace) -> str:
@@ -1069,26 +1058,22 @@ class GRUForecaster(Forecaster, layer=nn.GRU):
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Trainable parameters of each part of the model that has any: embedding, recurrent, head."""
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    return {name: count for name, count in counts.items() if count}
+    return {name: n for name, part in model.named_children() if (n := sum(p.numel() for p in part.parameters()))}
 
 
 @torch.no_grad()
 def describe_layers(model: nn.Module, inputs: Tensor) -> list[dict]:
     """The layers in the order in which `inputs` pass them: kind, settings, output shape without B, parameters."""
-    layers, hooks = [], []
+    layers = []
 
     def describe(module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-        shape = list((output[0] if isinstance(output, tuple) else output).shape[1:])
-        layer = {"kind": type(module).__name__, "settings": module.extra_repr(), "shape": shape}
-        layers.append(layer | {"parameters": sum(p.numel() for p in module.parameters(recurse=False))})
-
-    for module in model.modules():
         if isinstance(module, Recurrent) or not list(module.children()):
-            hooks.append(module.register_forward_hook(describe))
-    model.eval()(inputs)
-    for hook in hooks:
-        hook.remove()
+            shape = list((output[0] if isinstance(output, tuple) else output).shape[1:])
+            layer = {"kind": type(module).__name__, "settings": module.extra_repr(), "shape": shape}
+            layers.append(layer | {"parameters": sum(p.numel() for p in module.parameters(recurse=False))})
+
+    with nn.modules.module.register_module_forward_hook(describe):
+        model.eval()(inputs)
     return layers
 
 
@@ -1128,21 +1113,17 @@ def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CP
     layer, which reads it last, remembers best. A file's reviews are shuffled and then dealt out so that each split
     has its share of every label.
     """
-    rng = random_generator(seed, "reviews")
-    if config.file:
-        reviews = read_reviews(read_text(config.file.path), *config.file.columns)
-        order = pd.Series(reviews.labels)[rng.permutation(len(reviews.labels))]
-        by_label = order.groupby(order)  # the i-th of n examples of a label comes at (i + 0.5) / n of the way
-        order = ((by_label.cumcount() + 0.5) / by_label.transform("size")).sort_values(kind="stable").index
-    else:
-        reviews = generate_reviews(config, rng)
-        order = range(len(reviews.texts))
-    words, first = [tokenize(text, WORDS) for text in reviews.texts], {}
-    for i in order:  # of each wording the first review: repetitions would cross the splits
-        first.setdefault(tuple(words[i]), i)
-    keep = [i for review, i in first.items() if review]
-    parts = three_parts(len(keep), 20, "different reviews that hold a word")
-    words, labels = [words[i][-config.max_words :] for i in keep], reviews.labels[keep]
+    rng, file = random_generator(seed, "reviews"), config.file
+    reviews = read_reviews(read_text(file.path), *file.columns) if file else generate_reviews(config, rng)
+    words = pd.Series([tuple(tokenize(text, WORDS)) for text in reviews.texts])
+    if file:
+        labels = pd.Series(reviews.labels)[rng.permutation(len(words))]
+        by_label = labels.groupby(labels)  # the i-th of n examples of a label comes at (i + 0.5) / n of the way
+        words = words[((by_label.cumcount() + 0.5) / by_label.transform("size")).sort_values(kind="stable").index]
+    words = words[words.map(bool)].drop_duplicates()  # repetitions would cross the splits
+    parts = three_parts(len(words), 20, "different reviews that hold a word")
+    keep, words = words.index, [review[-config.max_words :] for review in words]
+    labels, tested = reviews.labels[keep], keep[parts[2]]
     vocabulary = fit_vocabulary((word for review in words[parts[0]] for word in review), config.vocab_size)
     ids = [encode(review, vocabulary) for review in words]
     train, validation, test = (ReviewDataset(ids[part], labels[part], device) for part in parts)
@@ -1150,46 +1131,44 @@ def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CP
     facts |= {f"share {name}": np.mean(labels == label) for label, name in enumerate(reviews.names)}
     lengths = [len(review) for review in words]
     facts |= {"mean length (words)": np.mean(lengths), "longest": max(lengths)}
-    facts |= {"distinct words": len({word for review in words for word in review}), "vocabulary": len(vocabulary)}
+    facts |= {"distinct words": len(set().union(*words)), "vocabulary": len(vocabulary)}
     facts |= {"unknown words in the test split": (test.inputs == 1).sum().item() / test.lengths.sum().item()}
     preprocessing = {"vocabulary": list(vocabulary), "labels": list(reviews.names), "max_words": config.max_words}
-    tested, truth, subsets, ceiling = np.array(keep)[parts[2]], labels[parts[2]], {}, []
-    if not config.file:
+    names, truth, subsets, ceiling = np.array(reviews.names), labels[parts[2]], {}, []
+    asked = pd.DataFrame({"text": [reviews.texts[i] for i in tested], "truth": names[truth]})
+    if not file:
         contradicts = reviews.praised[tested] != (truth == 1)
         subsets = {CONTRADICTS: contradicts, AGREES: ~contradicts}
         log_odds = np.stack([np.zeros(len(tested)), reviews.log_odds[tested]], axis=1)
         ceiling = [label_reference("Bayes decision", "ceiling", log_odds, truth)]
-    sizes = {"vocab_size": len(vocabulary), "output_dim": len(reviews.names) if len(reviews.names) > 2 else 1}
-
-    def predictions(answers: Mapping[str, np.ndarray]) -> pd.DataFrame:
-        names = np.array(reviews.names)
-        found = {"text": [reviews.texts[i] for i in tested], "truth": names[truth]}
-        return pd.DataFrame(found | {"answer": names[answers["answer"]], "probability": answers["probability"]})
-
+    sizes = {"vocab_size": len(vocabulary), "output_dim": len(names) if len(names) > 2 else 1}
     baselines = partial(review_baselines, train, test, len(vocabulary))
-    samples = [f"{reviews.names[reviews.labels[i]]}: {reviews.texts[i]}" for i in keep[:3]]
-    more = {"predictions": predictions, "samples": samples, "subsets": subsets}
+    samples = [f"{names[reviews.labels[i]]}: {reviews.texts[i]}" for i in keep[:3]]
+    more = {"predictions": lambda got: asked.assign(answer=names[got["answer"]], probability=got["probability"])}
+    more |= {"samples": samples, "subsets": subsets}
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
 
 
 def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU) -> TaskData:
     """A corpus, cut in three, encoded with the training part's vocabulary; raises InputError."""
-    text = None if config.file else generate_corpus(config, random_generator(seed, "corpus"))
+    text, window = None if config.file else generate_corpus(config, random_generator(seed, "corpus")), config.window
     lines = io.StringIO(read_text(config.file.path)) if config.file else ()  # one at a time, which saves memory
     words = text.words if text else [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
-    parts = three_parts(len(words), 8 * (config.window + 1), "words")  # cut before windowing: none straddles a cut
+    parts = three_parts(len(words), 8 * (window + 1), "words")  # cut before windowing: none straddles a cut
     vocabulary = fit_vocabulary(words[parts[0]], config.vocab_size)
     if len(vocabulary) < 3:
         raise InputError(f"no known word in its first {TRAIN_SHARE:.0%}, the training part")
-    ids = encode(words, vocabulary)
-    train = CorpusDataset(ids[parts[0]], config.window, device=device)
-    validation, test = (CorpusDataset(ids[part], config.window, MOST_WINDOWS, device) for part in parts[1:])
-    seen = set(zip(*(ids[parts[0]][i:] for i in range(config.window))))
+    ids, known = encode(words, vocabulary), np.array(list(vocabulary))
+    train = CorpusDataset(ids[parts[0]], window, device=device)
+    validation, test = (CorpusDataset(ids[part], window, MOST_WINDOWS, device) for part in parts[1:])
+    seen = set(zip(*(ids[parts[0]][i:] for i in range(window))))
     facts = {"words": len(ids), "distinct words": len(set(words)), "vocabulary": len(vocabulary)}
     facts |= {"test windows": len(test), "unknown words in the test split": (test.targets == 1).float().mean().item()}
     facts |= {"test windows that also occur in training": np.mean([tuple(w) in seen for w in test.inputs.tolist()])}
+    places = range(parts[2].start, len(words) - window, test.stride)  # where the test windows begin
+    targets = slice(parts[2].start + window, None, test.stride)  # the words that they ask for
+    asked = pd.DataFrame({"text": [" ".join(words[i : i + window]) for i in places], "truth": words[targets]})
     subsets, ceiling = {}, []
-    targets = slice(parts[2].start + config.window, None, test.stride)  # the words that the test windows ask for
     if text:
         roles, distances = map(np.array, zip(*text.cues[targets]))
         for role, distance in sorted({*text.cues[targets]} - {("", 0)}):
@@ -1197,18 +1176,11 @@ def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU)
         subsets[FAR] = distances >= 5
         entropy, hits = np.array(text.entropy[targets]), np.array(text.hits[targets], dtype=float)
         ceiling = [Reference(FULL_STATE, "ceiling", entropy, hits)]
-
-    def predictions(answers: Mapping[str, np.ndarray]) -> pd.DataFrame:
-        places = range(parts[2].start, len(words), test.stride)
-        found = {"text": [" ".join(words[i : i + config.window]) for i, _ in zip(places, answers["answer"])]}
-        found |= {"truth": words[targets], "answer": np.array(list(vocabulary))[answers["answer"]]}
-        return pd.DataFrame(found | {"probability": answers["probability"]})
-
-    preprocessing, sizes = {"vocabulary": list(vocabulary), "window": config.window}, {"vocab_size": len(vocabulary)}
+    preprocessing, sizes = {"vocabulary": list(vocabulary), "window": window}, {"vocab_size": len(vocabulary)}
     baselines = partial(corpus_baselines, ids[parts[0]], test, len(vocabulary))
-    step = config.window + 1
-    samples = [f"{' '.join(words[i : i + step - 1])} -> {words[i + step - 1]}" for i in range(0, 3 * step, step)]
-    more = {"predictions": predictions, "samples": samples, "subsets": subsets}
+    samples = [f"{' '.join(words[i : i + window])} -> {words[i + window]}" for i in (0, window + 1, 2 * window + 2)]
+    more = {"predictions": lambda got: asked.assign(answer=known[got["answer"]], probability=got["probability"])}
+    more |= {"samples": samples, "subsets": subsets}
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
 
 
@@ -1240,38 +1212,29 @@ def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU
         errors = (best - mean) / std - test.targets[:, 0].cpu().numpy()
         ceiling = [Reference("exact filter", "ceiling", errors**2, np.abs(errors))]
     low, high = float(train_values.min()), float(train_values.max())
-    beyond = np.mean((test_values < low) | (test_values > high))
-    if beyond > 0.1:
+    if (beyond := np.mean((test_values < low) | (test_values > high))) > 0.1:
         where = f"{beyond:.0%} of the test part's values lie outside those of the training part ({low:g} to {high:g})"
         doubts.append(f"{where}: what was learnt may not hold there; look at the baselines, try its differences")
     if window < config.window:
         doubts.append(f"{len(values):,} values are few: windows of {window} steps in place of {config.window}")
-    season = season_of(every)
     facts = {"steps": len(values), "least": values.min(), "largest": values.max(), "window (steps)": window}
-    facts |= {"season (steps)": season} if season else {}
-
-    def predictions(answers: Mapping[str, np.ndarray]) -> pd.DataFrame:
-        shown = np.lib.stride_tricks.sliding_window_view(test_values, window)[:-1]
-        forecasts = shown[:, -1] + std * answers["answer"]
-        found = {"window": [" ".join(f"{value:.5g}" for value in row) for row in shown], "truth": test_values[window:]}
-        return pd.DataFrame(found | {"answer": forecasts, "error": forecasts - test_values[window:]})
-
+    facts |= {"season (steps)": season} if (season := season_of(every)) else {}
+    written, last, truth = [f"{value:.5g}" for value in test_values], test_values[window - 1 : -1], test_values[window:]
+    asked = pd.DataFrame({"window": [" ".join(written[i : i + window]) for i in range(len(truth))], "truth": truth})
     preprocessing = {"scaler": {"mean": mean, "std": std, "range": [low, high]}, "window": window}
     baselines = partial(series_baselines, every, test)
     samples = [" ".join(f"{value:.4g}" for value in train_values[i : i + 12]) + " ..." for i in (0, window, 2 * window)]
-    more = {"predictions": predictions, "samples": samples, "doubts": doubts, "unit": std, "offset": mean}
+    more = {"predictions": lambda got: asked.assign(answer=last + std * got["answer"]).eval("error = answer - truth")}
+    more |= {"samples": samples, "doubts": doubts, "unit": std, "offset": mean}
     sizes = {"input_dim": 1, "output_dim": 1}
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
 
 
-def plain(value: float, digits: int = 3) -> str:
-    """A number as people write it, to so many digits: 110, not 1.1e+02."""
-    return f"{value:.{decimals(value, digits)}f}" if math.isfinite(value) else str(value)
-
-
-def decimals(value: float, digits: int) -> int:
-    """How many places after the point show so many digits of a number."""
-    return max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 0
+def plain(value: float, digits: int = 3, scale: float | None = None) -> str:
+    """A number as people write it, with the places that so many digits of `scale` need: 110, not 1.1e+02."""
+    scale = value if scale is None else scale
+    places = digits - 1 - math.floor(math.log10(abs(scale))) if scale and math.isfinite(scale) else 0
+    return f"{value:z.{max(0, places)}f}"
 
 
 @dataclass(frozen=True)
@@ -1290,12 +1253,12 @@ class Metric:
         """'76.1 % ± 1.2': a mean with its standard deviation, if there is one worth showing."""
         digits = 4 if self.unit_power else 3
         number = f"{100 * mean:.1f} %" if self.is_share else plain(mean, digits)
-        spread = f"{100 * std:.1f}" if self.is_share else f"{std:.{decimals(mean, digits)}f}"
-        return number if not std > 1e-9 * abs(mean) or not float(spread) else f"{number} ± {spread}"
+        spread = f"{100 * std:.1f}" if self.is_share else plain(std, digits, mean)
+        return f"{number} ± {spread}" if float(spread) > 0 else number
 
     def difference(self, value: float, scale: float) -> str:
         """A difference as a person reads it: shares in points of a hundred, the rest with two digits of `scale`."""
-        return f"{100 * value:z.1f}" if self.is_share else f"{value:z.{decimals(scale, 2)}f}"
+        return f"{100 * value:z.1f}" if self.is_share else plain(value, 2, scale)
 
 
 @dataclass(frozen=True)
@@ -1321,31 +1284,11 @@ class Task:
         return {"loss": means["loss"]} | metrics
 
 
-def per_example(loss: Callable[..., Tensor], output: Tensor, target: Tensor) -> Tensor:
-    """Any of torch's losses, one value per example: (B,) or (B, K) -> (B,)."""
-    return loss(output, target, reduction="none").reshape(len(target), -1).mean(dim=1)
-
-
 def label_loss(output: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of a classifier's output (B, 1) or (B, K) with labels (B, 1): (B,)."""
     if output.shape[1] == 1:
-        return per_example(F.binary_cross_entropy, output, target)
+        return F.binary_cross_entropy(output, target, reduction="none")[:, 0]
     return F.nll_loss(output.clamp_min(1e-30).log(), target[:, 0].long(), reduction="none")
-
-
-def label_hits(output: Tensor, target: Tensor) -> Tensor:
-    """1 where the likeliest label is the right one (B, 1): (B,)."""
-    return (label_probabilities(output).argmax(dim=1) == target[:, 0]).float()
-
-
-def likeliest_word(output: Tensor, _target: Tensor) -> Tensor:
-    """The likeliest word of logits (B, V), <pad> and <unk> left out: (B,)."""
-    return output[:, 2:].argmax(dim=1) + 2
-
-
-def likeliest_hits(output: Tensor, target: Tensor) -> Tensor:
-    """1 where the likeliest word of logits (B, V) is the target (B,): (B,)."""
-    return (likeliest_word(output, target) == target).float()
 
 
 def perplexity(loss: float) -> float:
@@ -1367,7 +1310,7 @@ CLASSIFIER = Task(
     models={"RNN": RNNClassifier, "LSTM": LSTMClassifier, "GRU": GRUClassifier},
     build_data=build_reviews,
     loss=label_loss,
-    score=label_hits,
+    score=lambda output, target: (label_probabilities(output).argmax(dim=1) == target[:, 0]).float(),
     metrics=(ACCURACY, CROSS_ENTROPY),
     answers={
         "answer": lambda output, _: label_probabilities(output).argmax(dim=1),
@@ -1382,10 +1325,13 @@ PREDICTOR = Task(
     question="Which word comes next? Verbs and objects depend on a subject up to nine words back, past other nouns.",
     models={"RNN": RNNPredictor, "LSTM": LSTMPredictor, "GRU": GRUPredictor},
     build_data=build_corpus,
-    loss=partial(per_example, F.cross_entropy),
-    score=likeliest_hits,
+    loss=partial(F.cross_entropy, reduction="none"),
+    score=lambda output, target: (output[:, 2:].argmax(dim=1) + 2 == target).float(),  # <pad> and <unk> are no words
     metrics=(ACCURACY, CROSS_ENTROPY, PERPLEXITY),
-    answers={"answer": likeliest_word, "probability": lambda output, _: output[:, 2:].softmax(dim=1).amax(dim=1)},
+    answers={
+        "answer": lambda output, _: output[:, 2:].argmax(dim=1) + 2,
+        "probability": lambda output, _: output[:, 2:].softmax(dim=1).amax(dim=1),
+    },
     file_option="corpus",
     hard_subset=FAR,
 )
@@ -1395,8 +1341,8 @@ FORECASTER = Task(
     question="What is the next value of a noisy sine whose period switches at random among three?",
     models={"RNN": RNNForecaster, "LSTM": LSTMForecaster, "GRU": GRUForecaster},
     build_data=build_series,
-    loss=partial(per_example, F.mse_loss),
-    score=partial(per_example, F.l1_loss),
+    loss=lambda output, target: F.mse_loss(output, target, reduction="none").mean(dim=1),
+    score=lambda output, target: F.l1_loss(output, target, reduction="none").mean(dim=1),
     metrics=(MSE, MAE),
     answers={"answer": lambda output, _: output[:, 0]},
     file_option="series",
@@ -1416,18 +1362,9 @@ class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-class EarlyStopping:
-    """Tells the best epoch so far and, as `stop`, when `patience` epochs have passed without a new one."""
-
-    def __init__(self, patience: int):
-        self.patience, self.best, self.bad_epochs, self.stop = patience, math.inf, 0, False
-
-    def update(self, loss: float) -> bool:
-        """Take in an epoch's validation loss; True if it is the lowest so far."""
-        improved = loss < self.best
-        self.best, self.bad_epochs = (loss, 0) if improved else (self.best, self.bad_epochs + 1)
-        self.stop = self.bad_epochs >= self.patience
-        return improved
+def epochs_since_best(losses: Sequence[float]) -> int:
+    """How many epochs have passed since the one of the lowest loss, of equals the first."""
+    return len(losses) - 1 - losses.index(min(losses))
 
 
 def prepare_device(device: torch.device) -> None:
@@ -1458,29 +1395,20 @@ def train_step(model: nn.Module, task: Task, optimizer: optim.Optimizer, batch: 
     return torch.stack([torch.cat(losses).mean(), torch.cat(scores).mean(), norm])
 
 
-def train_epoch(
-    model: nn.Module,
-    task: Task,
-    optimizer: optim.Optimizer,
-    loader: DataLoader,
-    training: Training,
-    done: Callable = int,
-) -> list[float]:
-    """One pass over the data; returns the means of loss, score and norm before clipping. `done` hears of each batch."""
+def train_epoch(model: nn.Module, step: Callable, loader: Iterable[Batch], done: Callable = int) -> list[float]:
+    """One pass over the data; returns the means of what `step`, a `train_step`, returns. `done` hears of each batch."""
     model.train()  # the means stay on the device: one transfer an epoch, not three a step
     means, seen = torch.zeros(3, device=next(model.parameters()).device), 0
     for batches, batch in enumerate(loader, start=1):
         seen += len(batch[1])
-        means += (train_step(model, task, optimizer, batch, training) - means) * (len(batch[1]) / seen)
+        means += (step(batch) - means) * (len(batch[1]) / seen)
         done(batches)
     return means.tolist()
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, task: Task, dataset: SequenceDataset, more: Mapping[str, Callable] = {}, batch_size: int = 512
-) -> dict[str, np.ndarray]:
-    """Loss and score of the model, and `more`, on each example of `dataset`, in its order: arrays (N,)."""
+def evaluate(model: nn.Module, task: Task, dataset: SequenceDataset, more: Mapping = {}, batch_size: int = 512) -> dict:
+    """Loss and score of the model, and what `more` names, on each example of `dataset`, in its order: arrays (N,)."""
     model.eval()
     measures = {"loss": task.loss, "score": task.score, **more}
     parts, order = [], dataset.lengths.argsort(stable=True)  # batches of similar length: little padding
@@ -1506,29 +1434,26 @@ def fit(
     plateau = optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=training.lr_factor, patience=training.lr_patience)
     batches = LengthBuckets(data.train.lengths, training.batch_size, random_generator(seed, "batches"))
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)  # batches come whole
-    stopper, history, best_weights = EarlyStopping(training.patience), [], {}
-
-    def done(count: int) -> None:
-        progress(len(history) * len(batches) + count, None)
-
+    step = partial(train_step, model, task, optimizer, training=training)
+    history, losses, best_weights = [], [], {}
     for epoch in range(1, training.epochs + 1):
         start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        loss, score, norm = train_epoch(model, task, optimizer, loader, training, done)
-        validation = evaluate(model, task, data.validation)
+        loss, score, norm = train_epoch(model, step, loader, lambda n: progress(len(losses) * len(batches) + n, None))
+        validation = task.measure(**evaluate(model, task, data.validation), unit=data.unit)
         row = {"epoch": epoch, "learning_rate": rate, "gradient_norm": norm, "seconds": time.perf_counter() - start}
-        row |= {"train": task.measure(loss, score, data.unit), "validation": task.measure(**validation, unit=data.unit)}
-        val_loss = row["validation"]["loss"]
-        if not math.isfinite(loss + val_loss):
+        row |= {"train": task.measure(loss, score, data.unit), "validation": validation}
+        losses.append(validation["loss"])
+        if not math.isfinite(loss + losses[-1]):
             who = f"{type(model).__name__} ({task.name}), seed {seed}"
             advice = f"try a learning rate below {rate:g} or a clip norm below {training.clip_norm:g}"
             raise TrainingDiverged(f"{who}: the loss is not finite in epoch {epoch}; {advice}")
         history.append(row)
         progress(epoch * len(batches), row)
-        if stopper.update(val_loss):
+        if epochs_since_best(losses) == 0:
             best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-        if stopper.stop:
+        if epochs_since_best(losses) >= training.patience:
             break
-        plateau.step(val_loss)
+        plateau.step(losses[-1])
     model.load_state_dict(best_weights)
     return history
 
@@ -1538,7 +1463,7 @@ def fit(
 # ======================================================================================
 
 
-def activation_bytes(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor]) -> int:
+def activation_bytes(model: nn.Module, task: Task, batch: Batch) -> int:
     """Bytes that the forward pass on `batch` keeps for the backward pass, the weights themselves left out."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -1553,23 +1478,18 @@ def activation_bytes(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor])
 
 def kernel_name(model: nn.Module, inputs: Tensor) -> str:
     """Which implementation of the recurrent layer runs: cuDNN, oneDNN, or PyTorch's generic one."""
-    nodes = dict.fromkeys([model(inputs[:2]).grad_fn])
-    queue = deque(nodes)
-    while queue:  # the backward graph, whose nodes are named after the operators that ran
-        new = [parent for parent, _ in queue.popleft().next_functions if parent and parent not in nodes]
-        nodes |= dict.fromkeys(new)
-        queue += new
+    nodes = [model(inputs[:2, :2]).grad_fn]  # of the backward graph, named after the operators that ran
+    for node in nodes:  # grows on the way
+        nodes += [parent for parent, _ in node.next_functions if parent and parent not in nodes]
     names = " ".join(node.name() for node in nodes)
     return "cuDNN" if "CudnnRnn" in names else "oneDNN" if "MkldnnRnn" in names else "generic"
 
 
-def measure_costs(
-    task: Task, models: Mapping[str, nn.Module], training: Training, data: TaskData, steps: int, rounds: int
-) -> dict[str, dict]:
-    """What a training step of each model costs, in the script's own loop and in the barest one possible.
+def measure_costs(task: Task, models: Mapping, training: Training, data: TaskData, steps: int, rounds: int) -> dict:
+    """What a training step of each model costs, by its name: in the script's own loop and in the barest one possible.
 
     The models and the two loops take turns on the same `steps` batches, from short to long examples, `rounds` times,
-    after a step to warm up, and the loop that begins changes every round; the medians count. The overhead is a share
+    after a bare loop to warm up, and their order is turned round every time; the medians count. The overhead is a share
     of the bare loop next to it. Activations are those of a full batch of the longest examples that may occur.
     """
     lengths, size = data.train.lengths, min(training.batch_size, len(data.train))
@@ -1577,13 +1497,12 @@ def measure_costs(
     full.sort(key=lambda rows: lengths[rows].max())
     batches = [full[int((i + 0.5) / steps * len(full))] for i in range(steps)]
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)
-    ready, length = [data.train.__getitems__(rows) for rows in batches], data.preprocessing.get("max_words")
-    inputs, targets = data.train.inputs[:size], data.train.targets[:size]
-    longest = inputs.new_ones(size, length or data.preprocessing["window"], *inputs.shape[2:]), targets
-    loops, times, costs = {}, defaultdict(list), {}
+    ready, loops, times, costs = list(loader), {}, defaultdict(list), {}
+    length = data.preprocessing.get("max_words") or data.preprocessing["window"]
+    longest = data.train.inputs.new_ones(size, length, *data.train.inputs.shape[2:]), data.train.targets[:size]
 
-    def bare_epoch(model: nn.Module, optimizer: optim.Optimizer, batches: Sequence[Batch]) -> None:
-        for inputs, targets in batches:  # the least that training is: forward, backward and step
+    def bare_epoch(model: nn.Module, optimizer: optim.Optimizer) -> None:
+        for inputs, targets in ready:  # the least that training is: forward, backward and step
             optimizer.zero_grad(set_to_none=True)
             loss = task.loss(model(inputs), targets).mean()
             loss.backward()
@@ -1592,21 +1511,22 @@ def measure_costs(
 
     for name, model in models.items():
         optimizer = new_optimizer(model, training)
-        bare_epoch(model, optimizer, ready[-1:])
-        loops[name, "bare"] = partial(bare_epoch, model, optimizer, ready)
-        loops[name, "full"] = partial(train_epoch, model, task, optimizer, loader, training)
+        loops[name, "bare_"] = partial(bare_epoch, model, optimizer)
+        step = partial(train_step, model, task, optimizer, training=training)
+        loops[name, ""] = partial(train_epoch, model, step, loader)
+        loops[name, "bare_"]()
     for turn in range(rounds):
-        for key in [(name, kind) for name in models for kind in ("bare", "full")[:: (-1) ** turn]]:
+        for key in list(loops)[:: (-1) ** turn]:
             start = time.perf_counter()
             loops[key]()
             times[key].append((time.perf_counter() - start) / steps)
     for name, model in models.items():
-        bare, full = (np.array(times[name, kind]) for kind in ("bare", "full"))
-        cost = {"overhead": round(float(np.median(full / bare)) - 1, 4), "kernel": kernel_name(model, ready[0][0])}
-        for prefix, seconds in (("", float(np.median(full))), ("bare_", float(np.median(bare)))):
+        cost = {"kernel": kernel_name(model, ready[0][0]), "activation_bytes": activation_bytes(model, task, longest)}
+        cost |= {"overhead": round(np.median(np.divide(times[name, ""], times[name, "bare_"])) - 1, 4)}
+        for prefix in ("", "bare_"):
+            seconds = np.median(times[name, prefix])
             cost |= {f"{prefix}ms_per_step": round(1000 * seconds, 2)}
             cost |= {f"{prefix}samples_per_second": round(size / seconds)}
-        cost["activation_bytes"] = activation_bytes(model, task, longest)
         costs[name] = cost | {"batches_per_epoch": math.ceil(len(data.train) / training.batch_size)}
     return costs
 
@@ -1615,11 +1535,10 @@ def gradient_by_step(model: nn.Module, task: Task, data: TaskData, n: int = 64) 
     """Norm of the loss's gradient at the embedded input, by steps back from the end: of the `n` longest reviews."""
     rows = data.test.lengths.topk(min(n, len(data.test))).indices
     (inputs, targets), lengths, embedded = data.test.__getitems__(rows), data.test.lengths[rows], []
-    hook = model.embedding.register_forward_hook(lambda _module, _inputs, output: embedded.append(output))
     model.train()  # cuDNN goes backward in training mode only
     model.dropout.eval()
-    loss = task.loss(model(inputs), targets).sum()
-    hook.remove()
+    with model.embedding.register_forward_hook(lambda _module, _inputs, output: embedded.append(output)):
+        loss = task.loss(model(inputs), targets).sum()
     sizes = torch.autograd.grad(loss, embedded[0])[0].norm(dim=2).cpu()  # (n, T, E) -> (n, T)
     back = lengths[:, None] - 1 - torch.arange(int(lengths.min()))  # (n, steps): position of each step back
     return sizes.gather(1, back).mean(dim=0).tolist()
@@ -1646,9 +1565,8 @@ def label_evidence(task: Task, trained: nn.Module, untrained: nn.Module, data: T
     """The gradient by time step, after training and before, and the confusion matrix (K, K): truth, answer."""
     labels = data.preprocessing["labels"]
     confusion = pd.crosstab(found["truth"], found["answer"]).reindex(index=labels, columns=labels, fill_value=0)
-    gradients = {"gradient": trained, "initial_gradient": untrained}
-    gradients = {name: gradient_by_step(model, task, data) for name, model in gradients.items()}
-    return gradients | {"labels": labels, "confusion": confusion.to_numpy().tolist()}
+    after, before = (gradient_by_step(model, task, data) for model in (trained, untrained))
+    return {"gradient": after, "initial_gradient": before, "labels": labels, "confusion": confusion.to_numpy().tolist()}
 
 
 EVIDENCE = {  # task: (task, trained model, untrained model, data, predictions) -> what a record holds beside scores

@@ -133,7 +133,7 @@ def test_unknown_words_are_counted_and_never_a_hit(written):
     assert data.facts["unknown words in the test split"] == pytest.approx(unknown.mean()) and unknown.any()
     output = torch.zeros(len(data.test), 6)
     output[:, 1] = 9.0  # sure of <unk>
-    assert not rnn.likeliest_hits(output, data.test.targets)[unknown].any()
+    assert not rnn.PREDICTOR.score(output, data.test.targets)[unknown].any()
     assert not data.ceiling and len(baselines := data.baselines()) == 3
     for baseline in baselines:
         assert not baseline.score[unknown].any()

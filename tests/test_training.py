@@ -14,12 +14,11 @@ TRAINING = rnn.Training(epochs=3)
 NINE = [(task, name) for task in rnn.TASKS for name in rnn.MODEL_NAMES]
 
 
-def test_stopper_on_a_list_of_losses():
-    stopper = rnn.EarlyStopping(patience=3)
-    seen = [(stopper.update(loss), stopper.stop) for loss in (5, 4, 4, 4.5, 3, 3, 3.1, 9)]
-    assert [improved for improved, _ in seen] == [True, True, False, False, True, False, False, False]
-    assert [stop for _, stop in seen] == [False] * 7 + [True]
-    assert stopper.best == 3
+def test_the_best_epoch_of_a_list_of_losses():
+    losses = [5, 4, 4, 4.5, 3, 3, 3.1, 9]
+    since = [rnn.epochs_since_best(losses[:n]) for n in range(1, 9)]
+    assert [n == 0 for n in since] == [True, True, False, False, True, False, False, False]
+    assert [n >= 3 for n in since] == [False] * 7 + [True]
 
 
 def scripted_fit(monkeypatch, data, losses, **changes):

@@ -78,6 +78,8 @@ def test_forecaster_feeds_back_and_speaks_the_units_of_the_series(checkpoint):
     for wrong in ([], [1.0, np.nan], [[1.0]], ["a"], [[1.0], [1.0, 2.0]], np.ones((5, 1))):
         with pytest.raises(rnn.InputError, match="one or more finite values"):
             model.predict(wrong)
+    with pytest.raises(rnn.InputError, match="a forecast is not finite"):
+        model.predict([1e300, 1e300])
 
 
 def test_the_readmes_lines_work(tmp_path, monkeypatch, no_figures):
