@@ -2504,9 +2504,9 @@ def errors_figure(records: Records) -> Figure:
 def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
     """Why memory matters: gradient by time step, accuracy by distance and by ending; None without any."""
     accuracy = results.query("metric == @ACCURACY.name").groupby(["task", "subset", "name"], sort=False)["value"].mean()
-    classifiers, subsets = by_model([r for r in records if r["task"] == CLASSIFIER.name]), set(results["subset"])
-    # the last two need what only a generator knows
-    there = {"gradient": bool(classifiers), "distance": FAR in subsets, "ending": CONTRADICTS in subsets}
+    classifiers = by_model([record for record in records if record["task"] == CLASSIFIER.name])
+    known = {*results["name"], *results["subset"]}  # the last two panels need what only a generator knows
+    there = {"gradient": bool(classifiers), "distance": FULL_STATE in known, "ending": CONTRADICTS in known}
     shown = [panel for panel in there if there[panel]]
     if not shown:
         return None
