@@ -2050,23 +2050,6 @@ RUN_COLUMNS += [f"test_{name}" for name in CSV_METRICS]
 Records = Sequence[Mapping]
 
 
-def title_of(record: Mapping) -> str:
-    """The task of a record, with the user's file if there is one."""
-    file = record["configuration"]["file"]
-    return TASKS[record["task"]].title + (f": {file['path']}" if file else "")
-
-
-def best_epoch(record: Mapping) -> Mapping:
-    """The epoch of lowest validation loss, whose weights were kept."""
-    return min(record["history"], key=lambda row: row["validation"]["loss"])
-
-
-def by_model(records: Records) -> dict[str, list[Mapping]]:
-    """The records of each model, in their order."""
-    names = dict.fromkeys(record["model"] for record in records)
-    return {name: [record for record in records if record["model"] == name] for name in names}
-
-
 def results_table(records: Records) -> pd.DataFrame:
     """What every model, baseline and ceiling scores, in long form: every table and verdict is a view of this."""
     rows = []
@@ -2079,14 +2062,16 @@ def results_table(records: Records) -> pd.DataFrame:
 
 
 def runs_table(records: Records) -> pd.DataFrame:
-    """A row per trained model: `RUN_COLUMNS`, parameters by part, cost of a step, whether the cap on epochs ended it.
+    """A row per trained model: its record and `RUN_COLUMNS`, parameters by part, cost of a step, the task's title with
+    the user's file, whether the cap on epochs ended it.
 
     Losses are those that training minimised: of standardised values in the forecaster.
     """
     rows = []
     for record in records:
-        best, history, parameters = best_epoch(record), record["history"], record.get("parameters", {})
-        row = {name: record[name] for name in ("task", "model", "seed", "learning_rate")} | {"title": title_of(record)}
+        history, parameters, file = record["history"], record.get("parameters", {}), record["configuration"]["file"]
+        best = min(history, key=lambda epoch: epoch["validation"]["loss"])  # its weights were kept
+        row = record | {"title": TASKS[record["task"]].title + (f": {file['path']}" if file else "")}
         row |= {"parameters": sum(parameters.values()), "recurrent_parameters": parameters.get("recurrent")}
         row |= {"epochs": len(history), "best_epoch": best["epoch"], "val_loss": best["validation"]["loss"]}
         row |= {"seconds": round(sum(epoch["seconds"] for epoch in history), 1)}
@@ -2105,15 +2090,15 @@ def history_table(records: Records) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "model", "seed", "epoch", "split", "metric", "value"])
 
 
-def label_scores(records: Records) -> pd.DataFrame:
+def label_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """Precision, recall and F1 of each classifier by label, over the test splits of all seeds."""
     rows = []
-    for model, runs in by_model(records).items():
-        counts = np.sum([run["evidence"]["confusion"] for run in runs], axis=0)  # (K, K): truth, answer
+    for model, evidence in runs.groupby("model", sort=False)["evidence"]:
+        counts = np.sum([each["confusion"] for each in evidence], axis=0)  # (K, K): truth, answer
         answered, there, right = counts.sum(axis=0), counts.sum(axis=1), counts.diagonal()
         scores = right / np.maximum([answered, there, (answered + there) / 2], 1)  # (3, K)
         scores = np.where(there, scores, math.nan)  # of a label without a test example nothing is known
-        names = [*runs[0]["evidence"]["labels"], "mean of the labels"]
+        names = [*evidence.iloc[0]["labels"], "mean of the labels"]
         rows += [(model, *row) for row in zip(names, *np.column_stack([scores, np.nanmean(scores, axis=1)]))]
     return pd.DataFrame(rows, columns=["model", "label", "precision", "recall", "F1"])
 
@@ -2210,7 +2195,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def task_text(task: Task, records: Records, results: pd.DataFrame, runs: pd.DataFrame, verdicts: pd.DataFrame) -> str:
-    """One task's results: what the data are, tables, findings. `records` are the task's; `verdicts`: `compare`."""
+    """One task's results: what the data are, tables, findings; `verdicts`: `compare`."""
     first, runs = task.metrics[0], runs[runs["task"] == task.name]
     groups, tables = runs.groupby("model", sort=False), map(markdown, performance_tables(results, runs, task))
     # what the results say, in sentences: verdicts on pairs, examples that need memory, what may mislead
@@ -2228,30 +2213,30 @@ def task_text(task: Task, records: Records, results: pd.DataFrame, runs: pd.Data
     sentences += [f"The means of {model} mix runs at different learning rates." for model in rates.index[rates > 1]]
     if capped := runs["capped"].sum():
         sentences.append(f"{capped} of {len(runs)} runs ended at the cap on epochs, perhaps too soon: see --epochs.")
-    sentences += dict.fromkeys(f"Note: {doubt}." for record in records for doubt in record.get("doubts", []))
+    doubts = [record.get("doubts", []) for record in records if record["task"] == task.name]
+    sentences += dict.fromkeys(f"Note: {doubt}." for each in doubts for doubt in each)
     sentences = "\n".join(textwrap.fill(f"- {sentence}", 79, subsequent_indent="  ") for sentence in sentences)
     seeds = groups["seed"].agg(lambda each: ", ".join(map(str, each)))
     shown = seeds.iloc[0] if seeds.nunique() == 1 else "; ".join(f"{each} ({name})" for name, each in seeds.items())
-    own = records[0]["configuration"]["file"]
-    title = f"## {title_of(records[0])}" + ("" if own else "\n\n" + textwrap.fill(task.question, 79))
+    generated = not runs["configuration"].iloc[0]["file"]
+    title = f"## {runs['title'].iloc[0]}" + f"\n\n{textwrap.fill(task.question, 79)}" * generated
     return "\n\n".join([title, *tables, f"Test split, mean ± standard deviation over the seeds {shown}.", sentences])
 
 
-def details_text(records: Records) -> str:
-    """More on one task, from its records: scores by label, three test examples with the answers, the data."""
-    parts, trained = [], [record for record in records if "history" in record]
-    if "confusion" in trained[0]["evidence"]:
-        parts += [markdown(label_scores(trained).map(lambda x: x if isinstance(x, str) else f"{x:.3f}"))]
+def details_text(runs: pd.DataFrame, about: Mapping | None) -> str:
+    """More on one task, from its runs: scores by label, three test examples with the answers; and `about` the data."""
+    parts, same_seed = [], runs[runs["seed"] == runs["seed"].iloc[0]]
+    if "confusion" in runs["evidence"].iloc[0]:
+        parts += [markdown(label_scores(runs).map(lambda x: x if isinstance(x, str) else f"{x:.3f}"))]
         parts += ["Test splits of all seeds together. The mean recall is the balanced accuracy."]
-    same_seed = [record for record in trained if record["seed"] == trained[0]["seed"]]
-    for rows in zip(*(record["examples"] for record in same_seed)):
+    for rows in zip(*same_seed["examples"]):
         text, truth, *_ = rows[0].values()
         answers = [each if isinstance(each, str) else plain(each) for each in (truth, *(row["answer"] for row in rows))]
         sure = [f" ({row['probability']:.2f})" if "probability" in row else "" for row in rows]
-        shown = ", ".join(f"{r['model']} {answer}{p}" for r, answer, p in zip(same_seed, answers[1:], sure))
+        shown = ", ".join(f"{model} {answer}{p}" for model, answer, p in zip(same_seed["model"], answers[1:], sure))
         words = text.split()
         parts += [f"> {'... ' * (len(words) > 16)}{' '.join(words[-16:])}\n>\n> truth: {answers[0]}; {shown}"]
-    if about := next((record for record in records if "facts" in record), None):
+    if about:
         file = about["configuration"]["file"]
         digest = f", SHA-256 {file['digest'][:12]}..." if file else ""
         parts += [f"The data of seed {about['seed']}{digest}: {facts_text(about['facts'])}."]
@@ -2268,10 +2253,11 @@ def parameters_text(models: pd.DataFrame) -> str:
     return f"## Parameters\n\n{markdown(models[['task', 'model', *PARTS, 'parameters']])}"
 
 
-def summary_text(records: Records, task_texts: Mapping[str, str], models: pd.DataFrame) -> str:
+def summary_text(records: Records, runs: pd.DataFrame, task_texts: Mapping[str, str], models: pd.DataFrame) -> str:
     """The tables as a page of Markdown, with what the data were and where it ran; `models`: a run of each."""
     environments = pd.DataFrame([record["environment"] for record in records]).astype(str)
-    details = {name: details_text([record for record in records if record["task"] == name]) for name in task_texts}
+    about = {record["task"]: record for record in reversed(records) if "facts" in record}  # of the first seed
+    details = {name: details_text(of_task, about.get(name)) for name, of_task in runs.groupby("task")}
     parts = [
         "# RNN, LSTM and GRU: results",
         "The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws its own data, "
@@ -2320,38 +2306,39 @@ def finish(figure: Figure, title: str, handles: Sequence = (), columns: int | No
     return figure
 
 
-def training_history_figure(records: Records, task: Task) -> Figure:
+def training_history_figure(runs: pd.DataFrame, task: Task) -> Figure:
     """Loss and metric by epoch: a column per model, a line per seed."""
-    models, metrics = by_model(records), task.metrics[:2]
+    models, metrics = list(runs.groupby("model", sort=False)), task.metrics[:2]
     figure = Figure(figsize=(max(3.2 * len(models) + 0.8, 7.2), 5.4), layout="constrained")
     grid = figure.subplots(len(metrics), len(models), sharex=True, sharey="row", squeeze=False)
-    for column, (name, runs) in zip(grid.T, models.items()):
+    for column, (name, of_model) in zip(grid.T, models):
         shade = colour(name)
         column[0].set_title(name, color=shade, fontweight="bold")
         column[-1].set_xlabel("epoch")
-        for record, (axes, metric) in product(runs, zip(column, metrics)):
-            history, kept = pd.json_normalize(record["history"]).set_index("epoch"), best_epoch(record)
+        for run, (axes, metric) in product(of_model.itertuples(), zip(column, metrics)):
+            history = pd.json_normalize(run.history).set_index("epoch")
             for split, style in (("train", ".:"), ("validation", ".-")):
                 axes.plot(history[f"{split}.{metric.name}"], style, color=shade, linewidth=1.2, markersize=2, alpha=0.8)
-            axes.plot(kept["epoch"], kept["validation"][metric.name], "o", color=shade, markersize=5)
+            kept = history.at[run.best_epoch, f"validation.{metric.name}"]
+            axes.plot(run.best_epoch, kept, "o", color=shade, markersize=5)
     for axes, metric in zip(grid[:, 0], metrics):
         axes.set_ylabel(metric.label)
     grid[0, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     lines = [line("training (running mean over the epoch)", style=":"), line("validation")]
     lines += [line("epoch whose weights were kept", style="", marker="o")]
-    return finish(figure, f"{title_of(records[0])}: training, a line per seed", lines)
+    return finish(figure, f"{runs['title'].iloc[0]}: training, a line per seed", lines)
 
 
-def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
+def forecasts_figure(runs: pd.DataFrame, results: pd.DataFrame) -> Figure:
     """Forecasts against the truth, one step ahead and free-running, and the latter's error by horizon."""
-    models = by_model(records)
+    models = runs.drop_duplicates("model")
     figure = Figure(figsize=(11, 1.9 * len(models) + 3.4), layout="constrained")
     grid = figure.add_gridspec(len(models) + 1, 2, height_ratios=[*[1] * len(models), 1.3])
-    for row, (name, (record, *_)) in enumerate(models.items()):
-        found, shade, who = record["evidence"]["forecasts"], colour(name), f"{name}, seed {record['seed']}"
+    for row, run in enumerate(models.itertuples()):
+        found, shade, who = run.evidence["forecasts"], colour(run.model), f"{run.model}, seed {run.seed}"
         left = figure.add_subplot(grid[row, 0], ylabel="value (series units)")
         right = figure.add_subplot(grid[row, 1], sharey=left)
-        left.set_title(f"{who}, one step ahead: MSE {record['test']['mse']:.4g}", color=shade)
+        left.set_title(f"{who}, one step ahead: MSE {run.test_mse:.4g}", color=shade)
         right.set_title(f"{who}, free-running: each forecast is fed back", color=shade)
         for axes, prefix in ((left, ""), (right, "free_")):
             steps = np.arange(1, len(found[f"{prefix}truth"]) + 1)
@@ -2361,23 +2348,23 @@ def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
     left.set_xlabel("test example, in order of time")
     right.set_xlabel("steps ahead of the last observed value")
     errors = figure.add_subplot(grid[-1, :], xlabel="steps ahead", ylabel="MSE (series units²)")
-    held = np.mean([record["evidence"]["forecasts"]["persistence_mse"] for record in records], axis=0)
+    held = np.mean([each["forecasts"]["persistence_mse"] for each in runs["evidence"]], axis=0)
     steps = np.arange(1, len(held) + 1)
-    for name, runs in models.items():
-        free = np.mean([record["evidence"]["forecasts"]["free_mse"] for record in runs], axis=0)
+    for name, evidence in runs.groupby("model", sort=False)["evidence"]:
+        free = np.mean([each["forecasts"]["free_mse"] for each in evidence], axis=0)
         errors.plot(steps, free, color=colour(name), label=name)
     ceilings = results.query("kind == 'ceiling' and metric == 'mse'").groupby("name")["value"].mean()
     for ceiling, value in ceilings.items():
         errors.axhline(value, color="black", linestyle=":", label=f"{ceiling}, one step ahead")
     errors.plot(steps, held, color=GREY, linewidth=1, label="persistence")
-    variance = records[0]["evidence"]["forecasts"]["variance"]
+    variance = runs["evidence"].iloc[0]["forecasts"]["variance"]
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
     errors.set(title="Free-running error, mean over seeds", ylim=(0, 1.3 * errors.get_ylim()[1]))  # room for the legend
     errors.xaxis.get_major_locator().set_params(integer=True)
     errors.legend(loc="upper center", ncols=6)
     observed = line("observed value", style="", marker="o", markersize=2.5)
     lines = [observed, line("forecast (in the model's colour)", "black")]
-    return finish(figure, f"{title_of(records[0])}: forecasts against the truth", lines)
+    return finish(figure, f"{runs['title'].iloc[0]}: forecasts against the truth", lines)
 
 
 def parameters_figure(models: pd.DataFrame) -> Figure:
@@ -2401,19 +2388,18 @@ def parameters_figure(models: pd.DataFrame) -> Figure:
     return finish(figure, "Parameters by part of the model", parts)
 
 
-def architectures_figure(records: Records) -> Figure:
+def architectures_figure(models: pd.DataFrame) -> Figure:
     """A strip of boxes per model: its layers in order, with settings, output shape and parameters."""
-    first = list({(r["task"], r["model"]): r for r in reversed(records)}.values())[::-1]
-    width = max(len(record["layers"]) for record in first) + 1
-    figure = Figure(figsize=(1.75 * width + 1.5, 1.0 * len(first) + 0.6), layout="constrained")
-    for axes, record in zip(figure.subplots(len(first), 1, squeeze=False)[:, 0], first):
-        shade = colour(record["model"])
+    width = models["layers"].map(len).max() + 1
+    figure = Figure(figsize=(1.75 * width + 1.5, 1.0 * len(models) + 0.6), layout="constrained")
+    for axes, run in zip(figure.subplots(len(models), 1, squeeze=False)[:, 0], models.itertuples()):
+        shade = colour(run.model)
         axes.set(xlim=(-0.9, width - 0.5), ylim=(-0.5, 0.5))
         axes.axis("off")
-        who = f"{record['model']}\n{record['task']}\nseed {record['seed']}"
+        who = f"{run.model}\n{run.task}\nseed {run.seed}"
         axes.text(-0.85, 0, who, color=shade, fontweight="bold", va="center")
-        start = {"kind": "input", "settings": "", "shape": record["input_shape"], "parameters": 0}
-        for x, layer in enumerate([start, *record["layers"]]):  # a box, with an arrow from the one before it
+        start = {"kind": "input", "settings": "", "shape": run.input_shape, "parameters": 0}
+        for x, layer in enumerate([start, *run.layers]):  # a box, with an arrow from the one before it
             settings = re.sub(r", (batch_first|inplace|bias)=\w+|in_features=|out_features=", "", layer["settings"])
             lines = ["last state" if layer["kind"] == "Recurrent" else layer["kind"]]
             lines += [f"({settings})"] * bool(settings)
@@ -2481,13 +2467,13 @@ def learning_rates_figure(table: pd.DataFrame) -> Figure:
     return finish(figure, "Each model's learning rate, by the validation loss: mean over seeds", lines)
 
 
-def errors_figure(records: Records) -> Figure:
+def errors_figure(runs: pd.DataFrame) -> Figure:
     """The confusion matrix of each classifier, in per cent of each true label, over the test splits of all seeds."""
-    models, labels = by_model(records), records[0]["evidence"]["labels"]
+    models, labels = runs.groupby("model", sort=False)["evidence"], runs["evidence"].iloc[0]["labels"]
     size = max(2.0, 0.6 * len(labels) + 1.2) * len(models) + 1.6, 0.5 * len(labels) + 2.4
     figure = Figure(figsize=size, layout="constrained")
-    for axes, (name, runs) in zip(figure.subplots(1, len(models), squeeze=False, sharey=True)[0], models.items()):
-        counts = np.sum([run["evidence"]["confusion"] for run in runs], axis=0)
+    for axes, (name, evidence) in zip(figure.subplots(1, len(models), squeeze=False, sharey=True)[0], models):
+        counts = np.sum([each["confusion"] for each in evidence], axis=0)
         shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=130, aspect="auto")  # text stays readable on the darkest
         for (row, column), share in np.ndenumerate(shares):
@@ -2498,25 +2484,24 @@ def errors_figure(records: Records) -> Figure:
         axes.grid(visible=False)
     figure.supxlabel("predicted label", fontsize=9)
     figure.supylabel("true label", fontsize=9)
-    return finish(figure, f"{title_of(records[0])}: true and predicted label, in % of each true label")
+    return finish(figure, f"{runs['title'].iloc[0]}: true and predicted label, in % of each true label")
 
 
-def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
+def long_range_figure(runs: pd.DataFrame, results: pd.DataFrame) -> Figure | None:
     """Why memory matters: gradient by time step, accuracy by distance and by ending; None without any."""
     accuracy = results.query("metric == @ACCURACY.name").groupby(["task", "subset", "name"], sort=False)["value"].mean()
-    classifiers = by_model([record for record in records if record["task"] == CLASSIFIER.name])
+    classifiers = runs[runs["task"] == CLASSIFIER.name].groupby("model", sort=False)["evidence"]
     known = {*results["name"], *results["subset"]}  # the last two panels need what only a generator knows
-    there = {"gradient": bool(classifiers), "distance": FULL_STATE in known, "ending": CONTRADICTS in known}
+    there = {"gradient": len(classifiers), "distance": FULL_STATE in known, "ending": CONTRADICTS in known}
     shown = [panel for panel in there if there[panel]]
     if not shown:
         return None
     figure = Figure(figsize=(4.6 * len(shown), 4.4), layout="constrained")
     panels = figure.subplot_mosaic([shown])
-    lines = [line(name, colour(name), linewidth=3) for name in by_model(records)]
+    lines = [line(name, colour(name), linewidth=3) for name in runs["model"].unique()]
     if axes := panels.get("gradient"):  # that reaches each word
-        for name, what in product(classifiers, ("initial_gradient", "gradient")):
-            runs = [record["evidence"][what] for record in classifiers[name]]
-            mean = [np.mean(word) for word in zip(*runs)]  # as far back as every run reaches
+        for (name, evidence), what in product(classifiers, ("initial_gradient", "gradient")):
+            mean = [np.mean(word) for word in zip(*(each[what] for each in evidence))]  # as far back as all runs reach
             axes.semilogy(mean, "-" if what == "gradient" else ":", color=colour(name), linewidth=1.3)
         axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-12))  # a gradient below that is as good as none
         axes.set(title="Gradient of the loss at each word", xlabel="words back from the end of the review")
@@ -2824,22 +2809,21 @@ def report(config: Config, output_dir: Path) -> Results:
     for name, table in tables.items():
         write_whole(output_dir / f"pytorch_rnn_{name}.csv", table.to_csv(index=False))
     figures = {
-        "long_range": partial(long_range_figure, trained, results),
+        "long_range": partial(long_range_figure, runs, results),
         "parameter_counts": partial(parameters_figure, models),
-        "architectures": partial(architectures_figure, trained),
+        "architectures": partial(architectures_figure, models),
         "performance_summary": partial(performance_figure, results, runs),
     }
     texts = {}
     for task in (TASKS[name] for name in models["task"].unique()):
-        of_task = [record for record in trained if record["task"] == task.name]
-        both = [record for record in records if record["task"] == task.name]
-        texts[task.name] = task_text(task, both, results, runs, verdicts)
+        of_task = runs[runs["task"] == task.name]
+        texts[task.name] = task_text(task, records, results, runs, verdicts)
         figures[f"{task.name}_training_history"] = partial(training_history_figure, of_task, task)
-        if "forecasts" in of_task[0]["evidence"]:
+        if "forecasts" in of_task["evidence"].iloc[0]:
             figures["time_series_predictions"] = partial(forecasts_figure, of_task, results)
-        if "confusion" in of_task[0]["evidence"]:
+        if "confusion" in of_task["evidence"].iloc[0]:
             figures[f"{task.name}_errors"] = partial(errors_figure, of_task)
-    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, texts, models))
+    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, runs, texts, models))
     drawn, failed = draw(output_dir, figures)
     print(*texts.values(), parameters_text(models), sep="\n\n")
     print(f"\nTables, figures, records and models are in {output_dir.resolve()}")
