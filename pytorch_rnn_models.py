@@ -2062,8 +2062,7 @@ def results_table(records: Records) -> pd.DataFrame:
 
 
 def runs_table(records: Records) -> pd.DataFrame:
-    """A row per trained model: its record and `RUN_COLUMNS`, parameters by part, cost of a step, the task's title with
-    the user's file, whether the cap on epochs ended it.
+    """A row per trained model: its record, `RUN_COLUMNS`, parameters by part, cost of a step; `capped`: by --epochs.
 
     Losses are those that training minimised: of standardised values in the forecaster.
     """
@@ -2319,8 +2318,7 @@ def training_history_figure(runs: pd.DataFrame, task: Task) -> Figure:
             history = pd.json_normalize(run.history).set_index("epoch")
             for split, style in (("train", ".:"), ("validation", ".-")):
                 axes.plot(history[f"{split}.{metric.name}"], style, color=shade, linewidth=1.2, markersize=2, alpha=0.8)
-            kept = history.at[run.best_epoch, f"validation.{metric.name}"]
-            axes.plot(run.best_epoch, kept, "o", color=shade, markersize=5)
+            axes.plot(history.loc[[run.best_epoch], f"validation.{metric.name}"], "o", color=shade, markersize=5)
     for axes, metric in zip(grid[:, 0], metrics):
         axes.set_ylabel(metric.label)
     grid[0, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -2396,8 +2394,7 @@ def architectures_figure(models: pd.DataFrame) -> Figure:
         shade = colour(run.model)
         axes.set(xlim=(-0.9, width - 0.5), ylim=(-0.5, 0.5))
         axes.axis("off")
-        who = f"{run.model}\n{run.task}\nseed {run.seed}"
-        axes.text(-0.85, 0, who, color=shade, fontweight="bold", va="center")
+        axes.text(-0.85, 0, f"{run.model}\n{run.task}\nseed {run.seed}", color=shade, fontweight="bold", va="center")
         start = {"kind": "input", "settings": "", "shape": run.input_shape, "parameters": 0}
         for x, layer in enumerate([start, *run.layers]):  # a box, with an arrow from the one before it
             settings = re.sub(r", (batch_first|inplace|bias)=\w+|in_features=|out_features=", "", layer["settings"])
