@@ -66,21 +66,6 @@ def test_reviews_under_the_usual_names_or_the_named_ones(text, columns, names):
     assert sorted(set(reviews.labels)) == list(range(len(names)))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("text,review,label\na,b,1\n", "2 columns, text, review, may be meant; name one with --text-column"),
-        ("text,mark\na,1\n", "no column 'label'; its columns are text, mark; name one with --label-column"),
-        ("text,label\na,1\nb,\n", "row 3 holds no label"),
-        (",".join(f"c{i}" for i in range(30)), "c8, c9, ... (30 in all)"),
-        ("text,label\n" + "\n".join(f"a{i},l{i}" for i in range(30)), "... (30 in all)); two to 20 labels are needed"),
-    ],
-)
-def test_what_is_ambiguous_in_reviews_is_named(text, message):
-    with pytest.raises(rnn.InputError, match=re.escape(message)):
-        rnn.read_reviews(text)
-
-
 def test_decimal_commas_need_another_separator():
     values, doubts = rnn.read_series("day;t\nmon;1,5\ntue;-2,25\nwed;3\n")
     assert values.tolist() == [1.5, -2.25, 3] and not doubts
@@ -98,13 +83,6 @@ def test_a_column_without_a_name_a_header_alone_and_rows_of_nothing():
     assert rnn.read_series("d;x\na;1\nb;2\n;\n;\n")[0].tolist() == [1, 2]
     with pytest.raises(rnn.InputError, match="no row below the header"):
         rnn.read_series("date,value\n", "value")
-
-
-def test_an_excel_file_is_named_as_such(tmp_path):
-    path = tmp_path / "my.xlsx"
-    path.write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(rnn.InputError, match=re.escape("save the sheet as CSV")):
-        rnn.user_file(str(path))
 
 
 def test_predict_puts_the_answer_beside_each_text_of_a_csv(run_on, capsys, tmp_path):
