@@ -1960,29 +1960,12 @@ def signals_held() -> Iterator[None]:
 
 ALL = "all"  # the subset of all test examples
 PARTS = {"embedding": "", "recurrent": "////", "head": "...."}  # of a model, each with its hatch in figures
-CSV_METRICS = ("accuracy", "loss", "mse", "mae")
+CSV_METRICS = ("loss", "accuracy", "mse", "mae")
 COST_COLUMNS = ["ms_per_step", "samples_per_second", "activation_bytes", "kernel"]
 PARAMETERS = ["parameters", "recurrent_parameters"]
 RUN_COLUMNS = ["task", "model", "seed", "learning_rate", *PARAMETERS, "epochs", "best_epoch", "seconds", "val_loss"]
-RUN_COLUMNS += [f"test_{name}" for name in ("loss", "accuracy", "mse", "mae")]
+RUN_COLUMNS += [f"test_{name}" for name in CSV_METRICS]
 Records = Sequence[Mapping]
-
-
-def title_of(record: Mapping) -> str:
-    """The task of a record, with the user's file if there is one."""
-    file = record["configuration"]["file"]
-    return TASKS[record["task"]].title + (f": {file['path']}" if file else "")
-
-
-def best_epoch(record: Mapping) -> Mapping:
-    """The epoch of lowest validation loss, whose weights were kept."""
-    return min(record["history"], key=lambda row: row["validation"]["loss"])
-
-
-def by_model(records: Records) -> dict[str, list[Mapping]]:
-    """The records of each model, in their order."""
-    names = dict.fromkeys(record["model"] for record in records)
-    return {name: [record for record in records if record["model"] == name] for name in names}
 
 
 def results_table(records: Records) -> pd.DataFrame:
@@ -1997,14 +1980,15 @@ def results_table(records: Records) -> pd.DataFrame:
 
 
 def runs_table(records: Records) -> pd.DataFrame:
-    """A row per trained model: `RUN_COLUMNS`, parameters by part, cost of a step, whether the cap on epochs ended it.
+    """A row per trained model: its record, `RUN_COLUMNS`, parameters by part, cost of a step; `capped`: by --epochs.
 
     Losses are those that training minimised: of standardised values in the forecaster.
     """
     rows = []
     for record in records:
-        best, history, parameters = best_epoch(record), record["history"], record.get("parameters", {})
-        row = {name: record[name] for name in ("task", "model", "seed", "learning_rate")} | {"title": title_of(record)}
+        history, parameters, file = record["history"], record.get("parameters", {}), record["configuration"]["file"]
+        best = min(history, key=lambda epoch: epoch["validation"]["loss"])  # its weights were kept
+        row = record | {"title": TASKS[record["task"]].title + (f": {file['path']}" if file else "")}
         row |= {"parameters": sum(parameters.values()), "recurrent_parameters": parameters.get("recurrent")}
         row |= {"epochs": len(history), "best_epoch": best["epoch"], "val_loss": best["validation"]["loss"]}
         row |= {"seconds": round(sum(epoch["seconds"] for epoch in history), 1)}
@@ -2023,19 +2007,15 @@ def history_table(records: Records) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "model", "seed", "epoch", "split", "metric", "value"])
 
 
-def label_scores(records: Records) -> pd.DataFrame:
+def label_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """Precision, recall and F1 of each classifier by label, over the test splits of all seeds."""
     rows = []
-    for model, runs in by_model(records).items():
-        counts = np.sum([run["evidence"]["confusion"] for run in runs], axis=0)  # (K, K): truth, answer
+    for model, evidence in runs.groupby("model", sort=False)["evidence"]:
+        counts = np.sum([each["confusion"] for each in evidence], axis=0)  # (K, K): truth, answer
         answered, there, right = counts.sum(axis=0), counts.sum(axis=1), counts.diagonal()
-        scores = [
-            right / np.maximum(answered, 1),
-            right / np.maximum(there, 1),
-            2 * right / np.maximum(answered + there, 1),
-        ]
-        scores = np.where(there, scores, math.nan)  # (3, K); of a label without a test example nothing is known
-        names = [*runs[0]["evidence"]["labels"], "mean of the labels"]
+        scores = right / np.maximum([answered, there, (answered + there) / 2], 1)  # (3, K)
+        scores = np.where(there, scores, math.nan)  # of a label without a test example nothing is known
+        names = [*evidence.iloc[0]["labels"], "mean of the labels"]
         rows += [(model, *row) for row in zip(names, *np.column_stack([scores, np.nanmean(scores, axis=1)]))]
     return pd.DataFrame(rows, columns=["model", "label", "precision", "recall", "F1"])
 
@@ -2066,11 +2046,8 @@ def compare(results: pd.DataFrame) -> pd.DataFrame:
         metric = next(m for m in TASKS[task_name].metrics if m.name == metric_name)
         values = cells.pivot_table(index="seed", columns="name", values="value")
         models, baselines = (list(cells[cells["kind"] == kind]["name"].unique()) for kind in ("model", "baseline"))
-        pairs = list(combinations(models, 2))
-        if baselines:
-            means = values[baselines].mean()
-            pairs += [(name, means.idxmax() if metric.higher_is_better else means.idxmin()) for name in models]
-        for a, b in pairs:
+        best = values[baselines].mean().sort_values(ascending=not metric.higher_is_better, kind="stable").index[:1]
+        for a, b in [*combinations(models, 2), *product(models, best)]:
             differences = (values[a] - values[b]).dropna()
             if not (n := len(differences)):
                 continue
@@ -2094,10 +2071,9 @@ def tuning_table(jobs: Sequence[Job], records: Records) -> pd.DataFrame:
 
     Chosen is the rate of the lowest mean validation loss over the seeds.
     """
-    key, measured = ["task", "model", "learning_rate", "seed"], ["val_loss", "best_epoch", "epochs"]
-    found = runs_table(records).reindex(columns=key + measured)
-    table = pd.DataFrame(jobs)[key].merge(found, how="left").fillna(dict(zip(measured, (math.inf, 0, 0))))
-    table = table.astype({"best_epoch": int, "epochs": int})
+    key, failed = ["task", "model", "learning_rate", "seed"], {"val_loss": math.inf, "best_epoch": 0, "epochs": 0}
+    found = runs_table(records).reindex(columns=[*key, *failed])
+    table = pd.DataFrame(jobs)[key].merge(found, how="left").fillna(failed).astype({"best_epoch": int, "epochs": int})
     means = table.groupby(key[:3])["val_loss"].transform("mean")
     lowest = means.groupby([table["task"], table["model"]]).transform("min")
     return table.assign(chosen=(means == lowest) & np.isfinite(means))
@@ -2106,44 +2082,22 @@ def tuning_table(jobs: Sequence[Job], records: Records) -> pd.DataFrame:
 def performance_tables(results: pd.DataFrame, runs: pd.DataFrame, task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One task's results as a person reads them, mean ± deviation over seeds: test scores; how the models got there."""
     summary = summarise(results.query("task == @task.name and subset == @ALL")).set_index("name")
-    first, sign = summary[summary["metric"] == task.metrics[0].name], 1 if task.metrics[0].higher_is_better else -1
+    first = summary[summary["metric"] == task.metrics[0].name]
     scores = first[["kind"]].replace("model", "")
     for metric in task.metrics:
         cells = summary.loc[summary["metric"] == metric.name, ["mean", "std"]]
-        scores = scores.assign(**{metric.name: [metric.show(*cell) for cell in cells.to_numpy()]})
-    columns = runs[runs["task"] == task.name].groupby("model", sort=False)
-    training = columns["learning_rate"].agg(lambda each: ", ".join(f"{x:g}" for x in sorted({*each}))).to_frame()
-    training = training.rename(columns={"learning_rate": "learning rate"})
+        scores[metric.name] = [metric.show(*cell) for cell in cells.to_numpy()]
+    groups = runs[runs["task"] == task.name].groupby("model", sort=False)
+    rates = groups["learning_rate"].agg(lambda each: ", ".join(f"{rate:g}" for rate in sorted({*each})))
+    training = pd.DataFrame({"learning rate": rates})
     for name in ("best_epoch", "epochs", "seconds"):
-        training[name.replace("_", " ")] = columns[name].mean().map("{:.1f}".format)
-    means = {kind: sign * cells["mean"] for kind, cells in first.groupby("kind")}
-    if means.keys() >= {"baseline", "ceiling"}:
-        best, ceiling = means["baseline"].max(), means["ceiling"].iloc[0]
-        if ceiling > best:  # on a small test split a baseline may reach the ceiling
-            training["gap closed"] = ((means["model"] - best) / (ceiling - best)).map(lambda x: f"{100 * x:.0f} %")
+        training[name.replace("_", " ")] = groups[name].mean().map("{:.1f}".format)
+    means = first["mean"] if task.metrics[0].higher_is_better else -first["mean"]
+    best = means.groupby(first["kind"]).max()
+    if best.get("ceiling", -math.inf) > best.get("baseline", math.inf):  # not so on some small test splits
+        closed = (means - best["baseline"]) / (best["ceiling"] - best["baseline"])
+        training["gap closed"] = closed.map(lambda x: f"{100 * x:.0f} %")
     return scores.reset_index(names=""), training.reset_index(names="")
-
-
-def findings(results: pd.DataFrame, comparisons: pd.DataFrame, runs: pd.DataFrame, task: Task) -> list[str]:
-    """What one task's results say, in sentences: verdicts on pairs, examples that need memory, what may mislead."""
-    first, name = task.metrics[0], task.name
-    verdicts = comparisons.query("task == @name and metric in [@first.name, @PERPLEXITY.name]")
-    sentences = [f"{verdict}." for verdict in verdicts["verdict"]]
-    sentences += ["One seed supports no ranking."] * bool(verdicts["low"].isna().any())
-    means = results.query("task == @name and metric == @first.name").groupby(["subset", "name"], sort=False)["value"]
-    means, models = means.mean(), runs[runs["task"] == name]
-    of_models = {subset: means[subset].reindex(models["model"].unique()) for subset in means.index.unique(0)}
-    if task.hard_subset in of_models:
-        shares = ", ".join(f"{model} {first.show(share)}" for model, share in of_models[task.hard_subset].items())
-        sentences.append(f"Accuracy, {task.hard_subset}: {shares}.")
-    for model, mean in of_models[ALL].items():
-        if mean <= means[ALL].get(MAJORITY, -math.inf) + 0.01:
-            sentences.append(f"{model} knows little more than how frequent the labels are: see the recall of each.")
-    rates = models.groupby("model", sort=False)["learning_rate"].nunique()
-    sentences += [f"The means of {model} mix runs at different learning rates." for model in rates.index[rates > 1]]
-    if capped := int(models["capped"].sum()):
-        sentences.append(f"{capped} of {len(models)} runs ended at the cap on epochs, perhaps too soon: see --epochs.")
-    return sentences
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -2158,34 +2112,48 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def task_text(task: Task, records: Records, results: pd.DataFrame, runs: pd.DataFrame, verdicts: pd.DataFrame) -> str:
-    """One task's results: what the data are, tables, findings. `records` are the task's; `verdicts`: `compare`."""
-    seeds = runs[runs["task"] == task.name].groupby("model", sort=False)["seed"]
-    seeds = seeds.agg(lambda each: ", ".join(map(str, each)))
-    shown = seeds.iloc[0] if seeds.nunique() == 1 else "; ".join(f"{each} ({name})" for name, each in seeds.items())
-    own = records[0]["configuration"]["file"]
-    title = f"## {title_of(records[0])}" + ("" if own else "\n\n" + textwrap.fill(task.question, 79))
-    doubts = [f"Note: {doubt}." for doubt in dict.fromkeys(d for record in records for d in record.get("doubts", []))]
-    sentences = findings(results, verdicts, runs, task) + doubts
+    """One task's results: what the data are, tables, findings; `verdicts`: `compare`."""
+    first, runs = task.metrics[0], runs[runs["task"] == task.name]
+    groups, tables = runs.groupby("model", sort=False), map(markdown, performance_tables(results, runs, task))
+    # what the results say, in sentences: verdicts on pairs, examples that need memory, what may mislead
+    verdicts = verdicts.query("task == @task.name and metric in [@first.name, @PERPLEXITY.name]")
+    sentences = [f"{verdict}." for verdict in verdicts["verdict"]]
+    sentences += ["One seed supports no ranking."] * bool(verdicts["low"].isna().any())
+    means = results.query("task == @task.name and metric == @first.name").pivot_table("value", "name", "subset")
+    models = means.loc[runs["model"].unique()]
+    if task.hard_subset in models:
+        shares = ", ".join(f"{model} {first.show(share)}" for model, share in models[task.hard_subset].items())
+        sentences.append(f"Accuracy, {task.hard_subset}: {shares}.")
+    for model in models.index[models[ALL] <= means[ALL].get(MAJORITY, -math.inf) + 0.01]:
+        sentences.append(f"{model} knows little more than how frequent the labels are: see the recall of each.")
+    rates = groups["learning_rate"].nunique()
+    sentences += [f"The means of {model} mix runs at different learning rates." for model in rates.index[rates > 1]]
+    if capped := runs["capped"].sum():
+        sentences.append(f"{capped} of {len(runs)} runs ended at the cap on epochs, perhaps too soon: see --epochs.")
+    doubts = [record.get("doubts", []) for record in records if record["task"] == task.name]
+    sentences += dict.fromkeys(f"Note: {doubt}." for each in doubts for doubt in each)
     sentences = "\n".join(textwrap.fill(f"- {sentence}", 79, subsequent_indent="  ") for sentence in sentences)
-    tables = map(markdown, performance_tables(results, runs, task))
+    seeds = groups["seed"].agg(lambda each: ", ".join(map(str, each)))
+    shown = seeds.iloc[0] if seeds.nunique() == 1 else "; ".join(f"{each} ({name})" for name, each in seeds.items())
+    generated = not runs["configuration"].iloc[0]["file"]
+    title = f"## {runs['title'].iloc[0]}" + f"\n\n{textwrap.fill(task.question, 79)}" * generated
     return "\n\n".join([title, *tables, f"Test split, mean ± standard deviation over the seeds {shown}.", sentences])
 
 
-def details_text(records: Records) -> str:
-    """More on one task, from its records: scores by label, three test examples with the answers, the data."""
-    parts, trained = [], [record for record in records if "history" in record]
-    if "confusion" in trained[0]["evidence"]:
-        parts += [markdown(label_scores(trained).map(lambda x: x if isinstance(x, str) else f"{x:.3f}"))]
+def details_text(runs: pd.DataFrame, about: Mapping | None) -> str:
+    """More on one task, from its runs: scores by label, three test examples with the answers; and `about` the data."""
+    parts, same_seed = [], runs[runs["seed"] == runs["seed"].iloc[0]]
+    if "confusion" in runs["evidence"].iloc[0]:
+        parts += [markdown(label_scores(runs).map(lambda x: x if isinstance(x, str) else f"{x:.3f}"))]
         parts += ["Test splits of all seeds together. The mean recall is the balanced accuracy."]
-    same_seed = [record for record in trained if record["seed"] == trained[0]["seed"]]
-    for rows in zip(*(record["examples"] for record in same_seed)):
+    for rows in zip(*same_seed["examples"]):
         text, truth, *_ = rows[0].values()
         answers = [each if isinstance(each, str) else plain(each) for each in (truth, *(row["answer"] for row in rows))]
         sure = [f" ({row['probability']:.2f})" if "probability" in row else "" for row in rows]
-        shown = ", ".join(f"{r['model']} {answer}{p}" for r, answer, p in zip(same_seed, answers[1:], sure))
+        shown = ", ".join(f"{model} {answer}{p}" for model, answer, p in zip(same_seed["model"], answers[1:], sure))
         words = text.split()
         parts += [f"> {'... ' * (len(words) > 16)}{' '.join(words[-16:])}\n>\n> truth: {answers[0]}; {shown}"]
-    if about := next((record for record in records if "facts" in record), None):
+    if about:
         file = about["configuration"]["file"]
         digest = f", SHA-256 {file['digest'][:12]}..." if file else ""
         parts += [f"The data of seed {about['seed']}{digest}: {facts_text(about['facts'])}."]
@@ -2202,9 +2170,11 @@ def parameters_text(models: pd.DataFrame) -> str:
     return f"## Parameters\n\n{markdown(models[['task', 'model', *PARTS, 'parameters']])}"
 
 
-def summary_text(records: Records, task_texts: Mapping[str, str], models: pd.DataFrame) -> str:
+def summary_text(records: Records, runs: pd.DataFrame, task_texts: Mapping[str, str], models: pd.DataFrame) -> str:
     """The tables as a page of Markdown, with what the data were and where it ran; `models`: a run of each."""
     environments = pd.DataFrame([record["environment"] for record in records]).astype(str)
+    about = {record["task"]: record for record in reversed(records) if "facts" in record}  # of the first seed
+    details = {name: details_text(of_task, about.get(name)) for name, of_task in runs.groupby("task")}
     parts = [
         "# RNN, LSTM and GRU: results",
         "The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws its own data, "
@@ -2212,10 +2182,7 @@ def summary_text(records: Records, task_texts: Mapping[str, str], models: pd.Dat
         "best that is possible on generated data; gap closed is how much of the way from best baseline to ceiling a "
         "model has come. Brackets hold 95 % intervals of the paired difference over seeds (Student's t). Seconds are "
         "those of a run's training, with other runs beside it.",
-    ]
-    for name, text in task_texts.items():
-        parts += [text, details_text([record for record in records if record["task"] == name])]
-    parts += [
+        *(f"{text}\n\n{details[name]}" for name, text in task_texts.items()),
         parameters_text(models),
         f"## Cost of a training step\n\n{markdown(models[['task', 'model', *COST_COLUMNS]])}",
         "Median time of a step, the models taking turns on the same batches if one command trained them; activations: "
@@ -2239,8 +2206,8 @@ MARKERS = {"baseline": ("D", GREY), "ceiling": ("|", "black")}  # a model's is a
 
 
 def colour(model: str) -> tuple[float, ...]:
-    """The colour of a model, the same in every figure; a matched model's is paler."""
-    return to_rgba(COLOURS[base_name(model)], 1.0 if model == base_name(model) else 0.5)
+    """The colour of a model, the same in every figure; a matched model's is paler, a baseline's grey."""
+    return to_rgba(COLOURS.get(base_name(model), GREY), 1.0 if model == base_name(model) else 0.5)
 
 
 def line(label: str, colour: object = GREY, style: str = "-", **more: object) -> Line2D:
@@ -2248,47 +2215,46 @@ def line(label: str, colour: object = GREY, style: str = "-", **more: object) ->
     return Line2D([], [], color=colour, linestyle=style, label=label, **more)
 
 
-def finish(figure: Figure, title: str, handles: Sequence = (), columns: int = 1) -> Figure:
+def finish(figure: Figure, title: str, handles: Sequence = (), columns: int | None = None) -> Figure:
     """The figure with its title and, below it, a legend."""
     figure.suptitle(title)
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns or len(handles))
     return figure
 
 
-def training_history_figure(records: Records, task: Task) -> Figure:
+def training_history_figure(runs: pd.DataFrame, task: Task) -> Figure:
     """Loss and metric by epoch: a column per model, a line per seed."""
-    models, metrics = by_model(records), task.metrics[:2]
+    models, metrics = list(runs.groupby("model", sort=False)), task.metrics[:2]
     figure = Figure(figsize=(max(3.2 * len(models) + 0.8, 7.2), 5.4), layout="constrained")
     grid = figure.subplots(len(metrics), len(models), sharex=True, sharey="row", squeeze=False)
-    for column, (name, runs) in zip(grid.T, models.items()):
+    for column, (name, of_model) in zip(grid.T, models):
         shade = colour(name)
         column[0].set_title(name, color=shade, fontweight="bold")
         column[-1].set_xlabel("epoch")
-        for record, (axes, metric) in product(runs, zip(column, metrics)):
-            epochs, kept = [row["epoch"] for row in record["history"]], best_epoch(record)
-            for split, dashes in (("train", ":"), ("validation", "-")):
-                values = [row[split][metric.name] for row in record["history"]]
-                axes.plot(epochs, values, f".{dashes}", color=shade, linewidth=1.2, markersize=2, alpha=0.8)
-            axes.plot(kept["epoch"], kept["validation"][metric.name], "o", color=shade, markersize=5)
+        for run, (axes, metric) in product(of_model.itertuples(), zip(column, metrics)):
+            history = pd.json_normalize(run.history).set_index("epoch")
+            for split, style in (("train", ".:"), ("validation", ".-")):
+                axes.plot(history[f"{split}.{metric.name}"], style, color=shade, linewidth=1.2, markersize=2, alpha=0.8)
+            axes.plot(history.loc[[run.best_epoch], f"validation.{metric.name}"], "o", color=shade, markersize=5)
     for axes, metric in zip(grid[:, 0], metrics):
         axes.set_ylabel(metric.label)
     grid[0, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     lines = [line("training (running mean over the epoch)", style=":"), line("validation")]
     lines += [line("epoch whose weights were kept", style="", marker="o")]
-    return finish(figure, f"{title_of(records[0])}: training, a line per seed", lines, 3)
+    return finish(figure, f"{runs['title'].iloc[0]}: training, a line per seed", lines)
 
 
-def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
+def forecasts_figure(runs: pd.DataFrame, results: pd.DataFrame) -> Figure:
     """Forecasts against the truth, one step ahead and free-running, and the latter's error by horizon."""
-    models = by_model(records)
+    models = runs.drop_duplicates("model")
     figure = Figure(figsize=(11, 1.9 * len(models) + 3.4), layout="constrained")
     grid = figure.add_gridspec(len(models) + 1, 2, height_ratios=[*[1] * len(models), 1.3])
-    for row, (name, (record, *_)) in enumerate(models.items()):
-        found, shade, who = record["evidence"]["forecasts"], colour(name), f"{name}, seed {record['seed']}"
+    for row, run in enumerate(models.itertuples()):
+        found, shade, who = run.evidence["forecasts"], colour(run.model), f"{run.model}, seed {run.seed}"
         left = figure.add_subplot(grid[row, 0], ylabel="value (series units)")
         right = figure.add_subplot(grid[row, 1], sharey=left)
-        left.set_title(f"{who}, one step ahead: MSE {record['test']['mse']:.4g}", color=shade)
+        left.set_title(f"{who}, one step ahead: MSE {run.test_mse:.4g}", color=shade)
         right.set_title(f"{who}, free-running: each forecast is fed back", color=shade)
         for axes, prefix in ((left, ""), (right, "free_")):
             steps = np.arange(1, len(found[f"{prefix}truth"]) + 1)
@@ -2298,22 +2264,23 @@ def forecasts_figure(records: Records, results: pd.DataFrame) -> Figure:
     left.set_xlabel("test example, in order of time")
     right.set_xlabel("steps ahead of the last observed value")
     errors = figure.add_subplot(grid[-1, :], xlabel="steps ahead", ylabel="MSE (series units²)")
-    for name, runs in models.items():
-        mean = np.mean([r["evidence"]["forecasts"]["free_mse"] for r in runs], axis=0)
-        errors.plot(np.arange(1, len(mean) + 1), mean, color=colour(name), label=name)
+    held = np.mean([each["forecasts"]["persistence_mse"] for each in runs["evidence"]], axis=0)
+    steps = np.arange(1, len(held) + 1)
+    for name, evidence in runs.groupby("model", sort=False)["evidence"]:
+        free = np.mean([each["forecasts"]["free_mse"] for each in evidence], axis=0)
+        errors.plot(steps, free, color=colour(name), label=name)
     ceilings = results.query("kind == 'ceiling' and metric == 'mse'").groupby("name")["value"].mean()
     for ceiling, value in ceilings.items():
         errors.axhline(value, color="black", linestyle=":", label=f"{ceiling}, one step ahead")
-    variance = records[0]["evidence"]["forecasts"]["variance"]
-    held = np.mean([record["evidence"]["forecasts"]["persistence_mse"] for record in records], axis=0)
-    errors.plot(np.arange(1, len(held) + 1), held, color=GREY, linewidth=1, label="persistence")
+    errors.plot(steps, held, color=GREY, linewidth=1, label="persistence")
+    variance = runs["evidence"].iloc[0]["forecasts"]["variance"]
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
     errors.set(title="Free-running error, mean over seeds", ylim=(0, 1.3 * errors.get_ylim()[1]))  # room for the legend
     errors.xaxis.get_major_locator().set_params(integer=True)
     errors.legend(loc="upper center", ncols=6)
     observed = line("observed value", style="", marker="o", markersize=2.5)
     lines = [observed, line("forecast (in the model's colour)", "black")]
-    return finish(figure, f"{title_of(records[0])}: forecasts against the truth", lines, 2)
+    return finish(figure, f"{runs['title'].iloc[0]}: forecasts against the truth", lines)
 
 
 def parameters_figure(models: pd.DataFrame) -> Figure:
@@ -2334,24 +2301,21 @@ def parameters_figure(models: pd.DataFrame) -> Figure:
         axes.grid(axis="y", visible=False)
     axes.set_xlabel("trainable parameters")
     parts = [Patch(facecolor=GREY, edgecolor="white", hatch=hatch, label=part) for part, hatch in PARTS.items()]
-    return finish(figure, "Parameters by part of the model", parts, len(PARTS))
+    return finish(figure, "Parameters by part of the model", parts)
 
 
-def architectures_figure(records: Records) -> Figure:
+def architectures_figure(models: pd.DataFrame) -> Figure:
     """A strip of boxes per model: its layers in order, with settings, output shape and parameters."""
-    first = list({(r["task"], r["model"]): r for r in reversed(records)}.values())[::-1]
-    width = max(len(record["layers"]) for record in first) + 1
-    figure = Figure(figsize=(1.75 * width + 1.5, 1.0 * len(first) + 0.6), layout="constrained")
-    for axes, record in zip(figure.subplots(len(first), 1, squeeze=False)[:, 0], first):
-        shade = colour(record["model"])
+    width = models["layers"].map(len).max() + 1
+    figure = Figure(figsize=(1.75 * width + 1.5, 1.0 * len(models) + 0.6), layout="constrained")
+    for axes, run in zip(figure.subplots(len(models), 1, squeeze=False)[:, 0], models.itertuples()):
+        shade = colour(run.model)
         axes.set(xlim=(-0.9, width - 0.5), ylim=(-0.5, 0.5))
         axes.axis("off")
-        who = f"{record['model']}\n{record['task']}\nseed {record['seed']}"
-        axes.text(-0.85, 0, who, color=shade, fontweight="bold", va="center")
-        start = {"kind": "input", "settings": "", "shape": record["input_shape"], "parameters": 0}
-        for x, layer in enumerate([start, *record["layers"]]):  # a box, with an arrow from the one before it
-            settings = re.sub(r"(batch_first|inplace|bias)=\w+|in_features=|out_features=", "", layer["settings"])
-            settings = ", ".join(part for part in re.split(r",\s*", settings) if part)
+        axes.text(-0.85, 0, f"{run.model}\n{run.task}\nseed {run.seed}", color=shade, fontweight="bold", va="center")
+        start = {"kind": "input", "settings": "", "shape": run.input_shape, "parameters": 0}
+        for x, layer in enumerate([start, *run.layers]):  # a box, with an arrow from the one before it
+            settings = re.sub(r", (batch_first|inplace|bias)=\w+|in_features=|out_features=", "", layer["settings"])
             lines = ["last state" if layer["kind"] == "Recurrent" else layer["kind"]]
             lines += [f"({settings})"] * bool(settings)
             lines += [f"→ ({', '.join(['B', *map(str, layer['shape'])])})"]
@@ -2360,37 +2324,35 @@ def architectures_figure(records: Records) -> Figure:
             box["linewidth"] = 2.0 if layer["parameters"] else 0.8
             axes.text(x, 0, "\n".join(lines), ha="center", va="center", fontsize=7.5, bbox=box, zorder=2)
             if x:
-                arrow = {"arrowstyle": "->", "color": GREY}
-                axes.annotate("", (x - 0.4, 0), (x - 0.6, 0), arrowprops=arrow, zorder=3)
+                axes.annotate("", (x - 0.4, 0), (x - 0.6, 0), arrowprops={"arrowstyle": "->", "color": GREY}, zorder=3)
     return finish(figure, "Architectures, drawn from the live models (B: batch)")
 
 
 def performance_figure(results: pd.DataFrame, runs: pd.DataFrame) -> Figure:
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
-    tasks, summary = [TASKS[name] for name in runs["task"].unique()], summarise(results[results["subset"] == ALL])
+    tasks, summary = list(runs.groupby("task", sort=False)), summarise(results[results["subset"] == ALL])
     figure = Figure(figsize=(14, 2.5 * len(tasks) + 0.6), layout="constrained")
     grid = figure.subplots(len(tasks), 4, squeeze=False, width_ratios=[2.2, 1, 1, 1])
-    for (scores, *bars), task in zip(grid, tasks):
-        metric = task.metrics[0]
-        for score in summary.query("task == @task.name and metric == @metric.name").iloc[::-1].itertuples():
+    for (scores, *bars), (task, of_task) in zip(grid, tasks):
+        metric = TASKS[task].metrics[0]
+        for score in summary.query("task == @task and metric == @metric.name").iloc[::-1].itertuples():
             marker, shade = MARKERS.get(score.kind) or ("o", colour(score.name))
             scores.errorbar(score.mean, score.name, xerr=np.nan_to_num(score.std), fmt=marker, color=shade, capsize=3)
-        scores.set(title=runs[runs["task"] == task.name]["title"].iloc[0], xlabel=f"test {metric.label}")
+        scores.set(title=of_task["title"].iloc[0], xlabel=f"test {metric.label}")
         if not metric.higher_is_better:  # errors differ by factors
             scores.set(xscale="log", xlabel=f"test {metric.label}, log scale")
             low, high = scores.get_xlim()
             scores.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 6, 8)))
             scores.xaxis.set_major_formatter("{x:.6g}")
             scores.xaxis.set_minor_formatter("")
-        of_task = runs[runs["task"] == task.name]
         costs = of_task.drop_duplicates("model").set_index("model").iloc[::-1]  # barh draws upwards
-        costs["seconds"] = of_task.groupby("model")["seconds"].mean()
-        costs["MiB"], kernels = costs["activation_bytes"] / 2**20, " " + costs["kernel"]
-        labels = ("training (s per run)", "step (ms), kernel", "activations (MiB, longest batch)")
-        for axes, column, label in zip(bars, ("seconds", "ms_per_step", "MiB"), labels):
-            values, notes, room = costs[column], "", 1.35
-            if column == "ms_per_step":
-                notes, room = kernels, 2.0
+        seconds = of_task.groupby("model")["seconds"].mean()[costs.index]
+        columns = (  # what is measured, the measurements, what is written behind them, room for it
+            ("training (s per run)", seconds, "", 1.35),
+            ("step (ms), kernel", costs["ms_per_step"], " " + costs["kernel"], 2.0),
+            ("activations (MiB, longest batch)", costs["activation_bytes"] / 2**20, "", 1.35),
+        )
+        for axes, (label, values, notes, room) in zip(bars, columns):
             drawn = axes.barh(values.index, values, color=[colour(name) for name in values.index])
             axes.bar_label(drawn, values.map("{:.3g}".format) + notes, padding=3)
             axes.set(xlabel=label, xlim=(0, max(room * values.max(), 0.1)))
@@ -2405,30 +2367,28 @@ def learning_rates_figure(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(4.2 * len(tasks), 4.0), layout="constrained")
     for axes, (task, runs) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
         for model, of_model in runs.groupby("model", sort=False):  # a rate that failed is not drawn
-            means = of_model.groupby("learning_rate")["val_loss"].mean().replace(math.inf, math.nan).dropna()
-            of_model = of_model[np.isfinite(of_model["val_loss"])]
+            means = of_model.groupby("learning_rate")["val_loss"].mean()
             chosen = of_model[of_model["chosen"]]["learning_rate"].unique()
-            axes.plot(means, "o-", color=colour(model), markersize=4)
-            each = {"color": colour(model), "markersize": 3, "alpha": 0.5}
-            axes.plot(of_model["learning_rate"], of_model["val_loss"], ".", **each)
+            axes.plot(means[np.isfinite(means)], "o-", color=colour(model), markersize=4)
+            axes.plot("learning_rate", "val_loss", ".", data=of_model, color=colour(model), markersize=3, alpha=0.5)
             axes.plot(means[chosen], "o", color=colour(model), markersize=11, fillstyle="none")
         rates = sorted(runs["learning_rate"].unique())
         axes.set(title=TASKS[task].title, xscale="log", xlabel="learning rate", ylabel="validation loss")
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.minorticks_off()
     lines = [line(model, colour(model), linewidth=3) for model in table["model"].unique()]
-    lines.append(line("one seed", style="", marker="."))
-    lines.append(line("chosen", style="", marker="o", markersize=11, fillstyle="none"))
-    return finish(figure, "Each model's learning rate, by the validation loss: mean over seeds", lines, len(lines))
+    ring = {"marker": "o", "markersize": 11, "fillstyle": "none"}
+    lines += [line("one seed", style="", marker="."), line("chosen", style="", **ring)]
+    return finish(figure, "Each model's learning rate, by the validation loss: mean over seeds", lines)
 
 
-def errors_figure(records: Records) -> Figure:
+def errors_figure(runs: pd.DataFrame) -> Figure:
     """The confusion matrix of each classifier, in per cent of each true label, over the test splits of all seeds."""
-    models, labels = by_model(records), records[0]["evidence"]["labels"]
+    models, labels = runs.groupby("model", sort=False)["evidence"], runs["evidence"].iloc[0]["labels"]
     size = max(2.0, 0.6 * len(labels) + 1.2) * len(models) + 1.6, 0.5 * len(labels) + 2.4
     figure = Figure(figsize=size, layout="constrained")
-    for axes, (name, runs) in zip(figure.subplots(1, len(models), squeeze=False, sharey=True)[0], models.items()):
-        counts = np.sum([run["evidence"]["confusion"] for run in runs], axis=0)
+    for axes, (name, evidence) in zip(figure.subplots(1, len(models), squeeze=False, sharey=True)[0], models):
+        counts = np.sum([each["confusion"] for each in evidence], axis=0)
         shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=130, aspect="auto")  # text stays readable on the darkest
         for (row, column), share in np.ndenumerate(shares):
@@ -2439,42 +2399,37 @@ def errors_figure(records: Records) -> Figure:
         axes.grid(visible=False)
     figure.supxlabel("predicted label", fontsize=9)
     figure.supylabel("true label", fontsize=9)
-    return finish(figure, f"{title_of(records[0])}: true and predicted label, in % of each true label")
+    return finish(figure, f"{runs['title'].iloc[0]}: true and predicted label, in % of each true label")
 
 
-def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
+def long_range_figure(runs: pd.DataFrame, results: pd.DataFrame) -> Figure | None:
     """Why memory matters: gradient by time step, accuracy by distance and by ending; None without any."""
-    accuracy = results[results["metric"] == ACCURACY.name]
-    accuracy = accuracy.groupby(["task", "subset", "name"], sort=False)["value"].mean()
-    classifiers, subsets = by_model([r for r in records if r["task"] == CLASSIFIER.name]), set(results["subset"])
-    # the last two need what only a generator knows
-    there = {"gradient": bool(classifiers), "distance": FAR in subsets, "ending": CONTRADICTS in subsets}
+    accuracy = results.query("metric == @ACCURACY.name").groupby(["task", "subset", "name"], sort=False)["value"].mean()
+    classifiers = runs[runs["task"] == CLASSIFIER.name].groupby("model", sort=False)["evidence"]
+    known = {*results["name"], *results["subset"]}  # the last two panels need what only a generator knows
+    there = {"gradient": len(classifiers), "distance": FULL_STATE in known, "ending": CONTRADICTS in known}
     shown = [panel for panel in there if there[panel]]
     if not shown:
         return None
     figure = Figure(figsize=(4.6 * len(shown), 4.4), layout="constrained")
-    panels = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False)[0]))
-    lines = [line(name, colour(name), linewidth=3) for name in by_model(records)]
+    panels = figure.subplot_mosaic([shown])
+    lines = [line(name, colour(name), linewidth=3) for name in runs["model"].unique()]
     if axes := panels.get("gradient"):  # that reaches each word
-        for name, what in product(classifiers, ("initial_gradient", "gradient")):
-            sizes = [r["evidence"][what] for r in classifiers[name]]
-            length = min(map(len, sizes))
-            mean = np.mean([size[:length] for size in sizes], axis=0)
+        for (name, evidence), what in product(classifiers, ("initial_gradient", "gradient")):
+            mean = [np.mean(word) for word in zip(*(each[what] for each in evidence))]  # as far back as all runs reach
             axes.semilogy(mean, "-" if what == "gradient" else ":", color=colour(name), linewidth=1.3)
         axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-12))  # a gradient below that is as good as none
         axes.set(title="Gradient of the loss at each word", xlabel="words back from the end of the review")
         axes.set_ylabel("norm of the gradient")
         axes.legend(handles=[line("before training", style=":"), line("after")], loc="lower left")
     if axes := panels.get("distance"):  # accuracy on verbs and objects by that from the subject that determines them
-        found = accuracy[PREDICTOR.name].rename("accuracy").reset_index()
+        found = accuracy[PREDICTOR.name].reset_index()
         found[["role", "distance"]] = found["subset"].str.extract(r"(\w+) (\d+) words after")
-        found = found.dropna().astype({"distance": int})
-        found = found.pivot_table("accuracy", ["role", "distance"], "name", sort=False)
+        found = found.dropna().astype({"distance": int}).pivot_table("value", ["role", "distance"], "name", sort=False)
         found = 100 * found.div(found[FULL_STATE], axis=0)  # verbs and objects have different ceilings
         names = [name for name in found if base_name(name) in COLOURS or name == "trigram"]
         for name, (role, style) in product(names, (("verb", "o-"), ("object", "s:"))):
-            shade = GREY if name == "trigram" else colour(name)
-            axes.plot(found.loc[role][name].dropna().sort_index(), style, color=shade, markersize=4)
+            axes.plot(found.loc[role][name].dropna().sort_index(), style, color=colour(name), markersize=4)
         axes.axhline(100, color="black", linewidth=1)
         axes.set(title="Next word, by distance from its subject", xlabel="words back to the subject", ylim=(0, 105))
         axes.set_ylabel("accuracy (% of the ceiling's)")
@@ -2491,7 +2446,7 @@ def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
         axes.set(title="Reviews, by what their last word says", ylim=(0, 105), ylabel="accuracy (%); dashed: guessing")
         axes.set_xticks([0, 1], [subset.replace(" the", "\nthe") for subset in found.index])
         axes.grid(axis="x", visible=False)
-    return finish(figure, "Long-range memory, mean over seeds", lines, len(lines) if len(shown) > 1 else 1)
+    return finish(figure, "Long-range memory, mean over seeds", lines, 1 if len(shown) == 1 else None)
 
 
 # ======================================================================================
@@ -2769,22 +2724,21 @@ def report(config: Config, output_dir: Path) -> Results:
     for name, table in tables.items():
         write_whole(output_dir / f"pytorch_rnn_{name}.csv", table.to_csv(index=False))
     figures = {
-        "long_range": partial(long_range_figure, trained, results),
+        "long_range": partial(long_range_figure, runs, results),
         "parameter_counts": partial(parameters_figure, models),
-        "architectures": partial(architectures_figure, trained),
+        "architectures": partial(architectures_figure, models),
         "performance_summary": partial(performance_figure, results, runs),
     }
     texts = {}
     for task in (TASKS[name] for name in models["task"].unique()):
-        of_task = [record for record in trained if record["task"] == task.name]
-        both = [record for record in records if record["task"] == task.name]
-        texts[task.name] = task_text(task, both, results, runs, verdicts)
+        of_task = runs[runs["task"] == task.name]
+        texts[task.name] = task_text(task, records, results, runs, verdicts)
         figures[f"{task.name}_training_history"] = partial(training_history_figure, of_task, task)
-        if "forecasts" in of_task[0]["evidence"]:
+        if "forecasts" in of_task["evidence"].iloc[0]:
             figures["time_series_predictions"] = partial(forecasts_figure, of_task, results)
-        if "confusion" in of_task[0]["evidence"]:
+        if "confusion" in of_task["evidence"].iloc[0]:
             figures[f"{task.name}_errors"] = partial(errors_figure, of_task)
-    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, texts, models))
+    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, runs, texts, models))
     drawn, failed = draw(output_dir, figures)
     print(*texts.values(), parameters_text(models), sep="\n\n")
     print(f"\nTables, figures, records and models are in {output_dir.resolve()}")

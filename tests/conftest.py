@@ -2,6 +2,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ def data():
 def quick_run(tmp_path_factory):
     """The output folder of one run of the quick experiment."""
     directory = tmp_path_factory.mktemp("quick")
-    assert rnn.main(["--quick", "--output-dir", str(directory)]) == 0
+    assert quick(directory) == 0
     return directory
 
 
@@ -43,6 +44,30 @@ def leave_out_figures(monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     leave_out_figures(monkeypatch)
+
+
+def quick(folder, *arguments):
+    """The exit status of a quick run into `folder`."""
+    return rnn.main(["--quick", *map(str, arguments), "--output-dir", str(folder)])
+
+
+def table(folder, name):
+    """One of the tables in an output folder."""
+    return pd.read_csv(folder / f"pytorch_rnn_{name}.csv")
+
+
+def summary(folder):
+    """The summary in an output folder, its lines joined."""
+    return " ".join((folder / "pytorch_rnn_summary.md").read_text(encoding="utf-8").split())
+
+
+def refusal(arguments, capsys):
+    """What a command line that cannot be followed is answered with: status 2 and one line that can be shown."""
+    assert rnn.main(arguments) == 2
+    printed, error = capsys.readouterr()
+    assert not printed and error.startswith("pytorch_rnn_models.py: ") and error.endswith("\n")
+    assert error[:-1].isprintable() and len(error) <= len("pytorch_rnn_models.py: ") + 300 + 1
+    return error
 
 
 def new_model(task, name, data, **changes):

@@ -16,10 +16,6 @@ from conftest import SCRIPT
 SPLITS = ("train", "validation", "test")
 
 
-def words_of(reviews, vocabulary):
-    return [tuple(vocabulary[i] for i in row if i) for row in reviews.inputs.tolist()]
-
-
 def test_reviews_are_what_was_ordered():
     config = rnn.ClassifierConfig()
     data = rnn.build_reviews(config, 7)
@@ -32,8 +28,7 @@ def test_reviews_are_what_was_ordered():
 
 
 def test_no_review_is_in_two_splits(data):
-    vocabulary = data["classifier"].preprocessing["vocabulary"]
-    texts = [set(words_of(getattr(data["classifier"], split), vocabulary)) for split in SPLITS]
+    texts = [{tuple(filter(None, row)) for row in getattr(data["classifier"], s).inputs.tolist()} for s in SPLITS]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
 
 
@@ -46,14 +41,11 @@ def test_duplicate_reviews_are_dropped(monkeypatch):
 
 
 def test_vocabularies_hold_the_words_of_the_training_part_only(data):
-    text = rnn.generate_corpus(rnn.QUICK["predictor"], rnn.random_generator(0, "corpus")).words
-    known = set(data["predictor"].preprocessing["vocabulary"])
-    assert known == {rnn.PAD, rnn.UNK, *text[: int(0.7 * len(text))]}
-    reviews = rnn.generate_reviews(rnn.QUICK["classifier"], rnn.random_generator(0, "reviews")).texts
-    known = set(data["classifier"].preprocessing["vocabulary"])
-    assert known == {rnn.PAD, rnn.UNK} | {
-        w for text in reviews[: int(0.7 * len(reviews))] for w in rnn.tokenize(text, rnn.WORDS)
-    }
+    words = rnn.generate_corpus(rnn.QUICK["predictor"], rnn.random_generator(0, "corpus")).words
+    texts = rnn.generate_reviews(rnn.QUICK["classifier"], rnn.random_generator(0, "reviews")).texts
+    reviews = rnn.tokenize(" ".join(texts[: int(0.7 * len(texts))]), rnn.WORDS)
+    for task, known in (("predictor", words[: int(0.7 * len(words))]), ("classifier", reviews)):
+        assert set(data[task].preprocessing["vocabulary"]) == {rnn.PAD, rnn.UNK, *known}
 
 
 def test_contiguous_parts_do_not_overlap_and_lose_nothing(data):
@@ -188,11 +180,6 @@ def test_linear_autoregression_is_exact_on_a_noise_free_sum_of_sines():
     loss = {r.name: r.loss.mean() for r in rnn.series_baselines(*datasets)}
     assert loss["linear autoregression"] < 1e-8
     assert loss["persistence"] > 0.01
-
-
-def test_seasonal_naive_finds_the_season():
-    values = np.sin(2 * np.pi * np.arange(1000) / 20) + np.random.default_rng(0).normal(0, 0.01, 1000)
-    assert rnn.season_of(rnn.SeriesDataset(values, 50)) in (20, 40)
 
 
 def test_what_a_forecaster_is_given_is_relative_to_its_window():

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 import pytorch_rnn_models as rnn
-from conftest import new_model
+from conftest import new_model, quick, summary, table
 
 
-def results(task="classifier", metric="accuracy", baselines=(), **values):
+def results(task="classifier", metric="accuracy", baselines=(), ceilings=(), **values):
     """A table of results: a value per seed, from seed 1 on, for each name."""
+    kinds = dict.fromkeys(values, "model") | dict.fromkeys(baselines, "baseline") | dict.fromkeys(ceilings, "ceiling")
     rows = [
-        (task, name, "baseline" if name in baselines else "model", seed, "all", metric, value)
+        (task, name, kinds[name], seed, "all", metric, value)
         for name, by_seed in values.items()
         for seed, value in enumerate(by_seed, start=1)
     ]
@@ -38,38 +39,33 @@ def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says(seeds
     rng, covered = np.random.default_rng(seeds), 0
     for _ in range(400):
         data = rng.normal(0, 0.2, seeds)  # what makes a seed easy or hard for both
-        table = results(RNN=0.6 + data + rng.normal(0, 0.02, seeds), LSTM=0.7 + data + rng.normal(0, 0.03, seeds))
-        row = rnn.compare(table).iloc[0]
+        scores = results(RNN=0.6 + data + rng.normal(0, 0.02, seeds), LSTM=0.7 + data + rng.normal(0, 0.03, seeds))
+        row = rnn.compare(scores).iloc[0]
         assert row["low"] < row["difference"] < row["high"]
         covered += row["low"] <= -0.1 <= row["high"]
     assert 0.92 < covered / 400 < 0.98
 
 
 def test_comparisons_pair_by_seed_and_speak_plainly():
-    table = results(
-        RNN=[0.60, 0.71, 0.52, 0.1], LSTM=[0.70, 0.83, 0.61], GRU=[0.61, 0.70, 0.52], half=[0.5] * 4, baselines=["half"]
-    )
-    table.loc[len(table)] = ["classifier", "never", "baseline", 1, "all", "accuracy", 0.0]
-    found = rnn.compare(table)
-    assert list(found) == "task,metric,a,b,difference,low,high,verdict".split(",")
-    rows = found.set_index(["a", "b"])
+    models = {"RNN": [0.60, 0.71, 0.52, 0.1], "LSTM": [0.70, 0.83, 0.61], "GRU": [0.61, 0.70, 0.52]}
+    scores = results(**models, half=[0.5] * 4, never=[0.0], baselines=["half", "never"])
+    rows = rnn.compare(scores).set_index(["a", "b"])
     assert set(rows.index) == {
         *[("RNN", "LSTM"), ("RNN", "GRU"), ("LSTM", "GRU")],
         *[(name, "half") for name in rnn.MODEL_NAMES],  # of the baselines only the best
     }
     row = rows.loc[("RNN", "LSTM")]  # seeds 1 to 3: -10, -12 and -9 points
     half = 4.303 * np.std([10, 12, 9], ddof=1) / math.sqrt(3)
-    assert [100 * row[name] for name in ("low", "difference", "high")] == pytest.approx(
-        [-31 / 3 - half, -31 / 3, -31 / 3 + half], abs=1e-3
-    )
+    found, expected = 100 * row[["low", "difference", "high"]], [-31 / 3 - half, -31 / 3, -31 / 3 + half]
+    assert found.tolist() == pytest.approx(expected, abs=1e-3)
     assert row["verdict"] == f"LSTM better than RNN by 10.3 points [{31 / 3 - half:.1f}, {31 / 3 + half:.1f}]"
     assert rows.loc[("RNN", "GRU"), "verdict"] == "RNN and GRU: no clear difference, 0.0 points [-2.5, 2.5]"
     assert rows.loc[("LSTM", "half"), "verdict"].startswith("LSTM and half: no clear difference, 21.3 points [-6.1")
 
 
 def test_of_an_error_the_lower_is_better_and_the_best_baseline_is_the_lowest():
-    table = results("forecaster", "mse", RNN=[2.0, 2.1], line=[1.0, 1.01], flat=[9.0, 9.1], baselines=["line", "flat"])
-    row = rnn.compare(table).iloc[0]
+    errors = {"RNN": [2.0, 2.1], "line": [1.0, 1.01], "flat": [9.0, 9.1]}
+    row = rnn.compare(results("forecaster", "mse", **errors, baselines=["line", "flat"])).iloc[0]
     assert (row["b"], row["difference"]) == ("line", pytest.approx(1.045))
     assert re.fullmatch(r"line better than RNN by 1\.0 in MSE \[0\.\d+, 1\.\d+\]", row["verdict"])
 
@@ -83,24 +79,23 @@ def test_one_seed_in_common_gives_no_interval_and_is_said_to_be_so():
 
 
 def test_a_summary_of_one_seed_says_so_and_sets_models_beside_the_best_baseline(quick_run):
-    text = (quick_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    text = summary(quick_run)
     assert text.count("One seed supports no ranking") == 3
     for name in rnn.MODEL_NAMES:
         pair = f"linear autoregression better than {name}|{name} better than linear autoregression"
-        assert re.search(rf"- ({pair}) by [\d.]+ in MSE on one seed\.", " ".join(text.split()))
+        assert re.search(rf"- ({pair}) by [\d.]+ in MSE on one seed\.", text)
     assert "- Accuracy, ending contradicts the label: RNN " in text
     assert "- Accuracy, cue 5 or more words back: RNN " in text
 
 
 @pytest.mark.parametrize(("baseline", "expected"), [(0.7, "50 %"), (0.5, "75 %"), (0.9, None), (0.95, None)])
 def test_gap_closed_is_the_way_from_best_baseline_to_ceiling_where_there_is_one(baseline, expected):
-    scores = {"RNN": ("model", 0.8), "worst": ("baseline", 0.1), "best": ("baseline", baseline), "it": ("ceiling", 0.9)}
-    rows = [("classifier", name, kind, 1, "all", "accuracy", value) for name, (kind, value) in scores.items()]
-    rows += [("classifier", name, kind, 1, "all", "loss", 1 - value) for name, (kind, value) in scores.items()]
-    results = pd.DataFrame(rows, columns=["task", "name", "kind", "seed", "subset", "metric", "value"])
+    kinds = {"baselines": ["worst", "best"], "ceilings": ["it"]}
+    accuracy = results(RNN=[0.8], worst=[0.1], best=[baseline], it=[0.9], **kinds)
+    loss = accuracy.assign(metric="loss", value=1 - accuracy["value"])
     run = {"task": "classifier", "model": "RNN", "learning_rate": 0.1, "best_epoch": 1, "epochs": 4, "seconds": 2.0}
-    _, table = rnn.performance_tables(results, pd.DataFrame([run]), rnn.TASKS["classifier"])
-    assert table.get("gap closed", pd.Series([None])).tolist() == [expected]
+    _, training = rnn.performance_tables(pd.concat([accuracy, loss]), pd.DataFrame([run]), rnn.CLASSIFIER)
+    assert training.get("gap closed", pd.Series([None])).tolist() == [expected]
 
 
 # --- sizes and costs ------------------------------------------------------------------
@@ -117,10 +112,9 @@ def test_matched_models_have_the_lstms_recurrent_parameters_within_2_percent(tas
 
 
 def test_match_params_adds_its_rows_to_the_equal_hidden_size_ones(tmp_path, no_figures):
-    arguments = ["--quick", "--tasks", "forecaster", "--models", "RNN", "--output-dir", str(tmp_path)]
-    assert rnn.main(arguments) == 0
-    assert rnn.main([*arguments, "--match", "params"]) == 0
-    runs = pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")
+    for match in ("hidden", "params"):
+        assert quick(tmp_path, "--tasks", "forecaster", "--models", "RNN", "--match", match) == 0
+    runs = table(tmp_path, "runs")
     assert runs["model"].tolist() == ["RNN", "RNN-matched"]
     assert runs["recurrent_parameters"].iloc[1] > 3 * runs["recurrent_parameters"].iloc[0]
     model = rnn.load_checkpoint(tmp_path / "models" / "forecaster_RNN-matched_seed42.pt")
@@ -128,12 +122,12 @@ def test_match_params_adds_its_rows_to_the_equal_hidden_size_ones(tmp_path, no_f
 
 
 def test_costs_table(quick_run):
-    table = pd.read_csv(quick_run / "pytorch_rnn_costs.csv")
+    costs = table(quick_run, "costs")
     columns = "task,model,parameters,recurrent_parameters,ms_per_step,samples_per_second,activation_bytes,kernel"
-    assert list(table) == columns.split(",")
-    assert len(table) == 9 and (table["ms_per_step"] > 0).all() and (table["activation_bytes"] > 0).all()
+    assert ",".join(costs) == columns
+    assert len(costs) == 9 and (costs[["ms_per_step", "activation_bytes"]] > 0).all(axis=None)
     if torch.backends.mkldnn.is_available():
-        kernels = set(zip(table["model"], table["kernel"]))
+        kernels = set(zip(costs["model"], costs["kernel"]))
         assert kernels == {("LSTM", "oneDNN"), ("RNN", "generic"), ("GRU", "generic")}
 
 
@@ -184,9 +178,8 @@ def test_a_free_running_forecast_is_fed_back_and_in_the_units_of_the_series(data
             window = torch.cat([window[:, 1:], torch.full((1, 1, 1), values[-1])], dim=1)
     assert (np.array(found["free_forecast"]) - own.offset) / own.unit == pytest.approx(np.array(values), abs=1e-4)
     truth = own.test.targets[:5, 0].double().numpy() * own.unit + own.offset
-    assert found["free_truth"] == pytest.approx(truth, abs=1e-5) and found["truth"] == pytest.approx(
-        truth[:4], abs=1e-5
-    )
+    assert found["free_truth"] == pytest.approx(truth, abs=1e-5)
+    assert found["truth"] == pytest.approx(truth[:4], abs=1e-5)
     assert len(found["free_mse"]) == 5 and found["forecast"][0] == pytest.approx(found["free_forecast"][0], abs=1e-5)
 
 

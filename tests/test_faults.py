@@ -250,9 +250,8 @@ def test_a_worker_that_is_killed_fails_its_run_only(tmp_path, capsys, no_figures
     status = rnn.main([*TINY, *TWO, "--seeds", *map(str, range(4)), "--output-dir", str(tmp_path)])
     thread.join()
     failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
-    assert (
-        status == 1 and len(failed) == 1 and "its process ended with status -9; killed, or out of memory?" in failed[0]
-    )
+    assert status == 1 and len(failed) == 1
+    assert "its process ended with status -9; killed, or out of memory?" in failed[0]
     assert len(records(tmp_path)) == 11 and not multiprocessing.active_children()
     assert rnn.main([*TINY, "--seeds", *map(str, range(4)), "--resume", "--output-dir", str(tmp_path)]) == 0
     assert len(records(tmp_path)) == 12

@@ -2,16 +2,16 @@
 
 import gzip
 import hashlib
-import os
 import shutil
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 import pytorch_rnn_models as rnn
+from conftest import quick, refusal, table
+from test_pipeline import PNGS
 
 GOOD, BAD = "fine warm clever lovely".split(), "poor cold clumsy dreary".split()
 
@@ -65,9 +65,8 @@ def test_plain_gzipped_and_marked_files_give_the_same_data(kind, written):
     paths.append(written(gzip.compress(content), "c.csv.gz"))
     first, *others = (build(kind, path) for path in paths)
     for other in others:
-        assert torch.equal(first.train.inputs, other.train.inputs) and torch.equal(
-            first.test.targets, other.test.targets
-        )
+        assert torch.equal(first.train.inputs, other.train.inputs)
+        assert torch.equal(first.test.targets, other.test.targets)
 
 
 @pytest.mark.parametrize(("labels", "names"), [(("neg", "pos"), ["neg", "pos"]), (("1", "0"), ["0", "1"])])
@@ -170,6 +169,8 @@ def test_series_with_and_without_header_and_blank_lines_around(text, column, val
 
 # --- what is refused ------------------------------------------------------------------
 
+NAME_ONE, RAGGED = "name one with --series-column", "Error tokenizing data. C error"  # pandas says the latter
+THIRTY_LABELS = "text,label\n" + "\n".join(f"a{i},l{i}" for i in range(30))
 SINE = series_csv().splitlines()
 
 
@@ -186,15 +187,15 @@ def sine_with(row):
         ("reviews", "", "the file is empty"),
         ("corpus", " \n ", "the file is empty"),
         ("corpus", b"abc \xff def", "not UTF-8 (byte 4 of its text); save it as UTF-8"),
-        ("reviews", "text,mark\na,1\n", "there is no column 'label'; its columns are text, mark"),
+        ("reviews", b"PK\x03\x04" + bytes(100), "save the sheet as CSV"),
+        ("reviews", "text,mark\na,1\n", "no column 'label'; its columns are text, mark; name one with --label-column"),
+        ("reviews", "text,review,label\na,b,1\n", "2 columns, text, review, may be meant; name one with --text-column"),
+        ("reviews", ",".join(f"c{i}" for i in range(30)), "c8, c9, ... (30 in all)"),
+        ("reviews", THIRTY_LABELS, "... (30 in all)); two to 20 labels are needed"),
         ("reviews", "essay;label\na;1\n", "there is no column 'text'; its columns are essay, label"),
         ("reviews", "text,label\na,1\nb,1\n", "holds 1 different values ('1'); two to 20 labels are needed"),
         ("reviews", "text,label\na,1\nb,\n", "row 3 holds no label"),
-        (
-            "reviews",
-            "text,label\na,1\nb,0,x\n",
-            "not a table of commas (Error tokenizing data. C error: Expected 2 fields in line 3",
-        ),
+        ("reviews", "text,label\na,1\nb,0,x\n", f"not a table of commas ({RAGGED}: Expected 2 fields in line 3"),
         ("reviews", 'text,label\n"a,1\nb,0\n', "not a table of commas ("),
         ("reviews", "text,label\na,1\nb,0\n", "2 different reviews that hold a word; three splits need 20 or more"),
         ("corpus", "far too short", "3 words; three splits need 88 or more"),
@@ -202,12 +203,8 @@ def sine_with(row):
         ("series", "x\n1\n2\n", "2 values; three splits need 48 or more"),
         ("series", "x\n" + "7\n" * 500, "constant over its first 70%, the training part"),
         ("series", "x\n1e200\n-1e200\n" + "7\n" * 500, "or too large"),
-        (
-            "series",
-            "x\n" + "a\n" * 500,
-            "no numeric column among x (separated by semicolons); name one with --series-column",
-        ),
-        ("series", "a,b\n1,2\n", "2 numeric columns among a, b (separated by commas); name one with --series-column"),
+        ("series", "x\n" + "a\n" * 500, f"no numeric column among x (separated by semicolons); {NAME_ONE}"),
+        ("series", "a,b\n1,2\n", f"2 numeric columns among a, b (separated by commas); {NAME_ONE}"),
         ("series", sine_with("1981,"), "row 10 holds no value in the column 'temperature'"),
         ("series", sine_with("1981,NA"), "row 10 holds no value in the column 'temperature'"),
         ("series", sine_with(""), "row 10 holds no value in the column 'temperature'"),
@@ -220,36 +217,9 @@ def test_what_cannot_be_used_is_one_line_and_status_2(kind, content, message, wr
     path = tmp_path / "none.csv" if content is None else written(content)
     out = tmp_path / "out"
     arguments = ["--quick", "--tasks", TASK_OF[kind], f"--{kind}", str(path), "--output-dir", str(out)]
-    assert rnn.main(arguments) == 2
-    printed, error = capsys.readouterr()
+    error = refusal(arguments, capsys)
     assert error.startswith(f"pytorch_rnn_models.py: {path}: ") and message in error
-    assert not printed and error.count("\n") == 1
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tasks", "predictor", "--reviews", "f.csv"], "--reviews is for the task classifier, which --tasks leaves"),
-        (["--series-column", "x"], "--series-column goes with --series or --predict"),
-        (["--series", "FILE", "--series-column", "pressure"], "no column 'pressure'; its columns are day, temperature"),
-        (["--reviews", "."], "not a regular file"),
-        (["--reviews", ""], "not a regular file"),
-        (["--series", "PIPE"], "not a regular file; a run needs one that can be read again"),
-        (["--corpus", "broken.gz"], "broken.gz: cannot be read"),
-    ],
-)
-def test_misplaced_options_and_what_is_no_file(arguments, message, written, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    written(series_csv(), "FILE")
-    written(b"no gzip at all", "broken.gz")
-    if hasattr(os, "mkfifo"):
-        os.mkfifo("PIPE")
-    elif "PIPE" in arguments:
-        pytest.skip("no pipes with names here")
-    assert rnn.main(["--quick", *arguments]) == 2
-    printed, error = capsys.readouterr()
-    assert not printed and message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -277,11 +247,11 @@ def test_random_bytes_are_read_or_refused(kind, written):
 def own_run(tmp_path_factory):
     """The output folder of a run of all three tasks on a user's files."""
     folder = tmp_path_factory.mktemp("own")
-    arguments = ["--quick", "--models", "GRU", "--output-dir", str(folder / "out")]
+    arguments = ["--models", "GRU"]
     for kind, writer in WRITERS.items():
         (folder / f"my.{kind}").write_text(writer(), encoding="utf-8")
-        arguments += [f"--{kind}", str(folder / f"my.{kind}")]
-    assert rnn.main(arguments) == 0
+        arguments += [f"--{kind}", folder / f"my.{kind}"]
+    assert quick(folder / "out", *arguments) == 0
     return folder / "out"
 
 
@@ -300,27 +270,19 @@ def test_a_run_on_own_data_says_what_they_are_and_claims_no_ceiling(own_run):
     for task in rnn.TASKS.values():
         assert task.question not in text
     assert "gap closed |" not in text and "Accuracy, " not in text
-    summary = pd.read_csv(own_run / "pytorch_rnn_summary.csv")
-    assert set(summary["kind"]) == {"model", "baseline"} and set(summary["task"]) == set(rnn.TASKS)
-    assert {path.name for path in own_run.glob("*.png")} == {
-        *(f"pytorch_rnn_{task}_training_history.png" for task in rnn.TASKS),
-        *(
-            f"pytorch_rnn_{name}.png"
-            for name in ("time_series_predictions", "parameter_counts", "architectures", "classifier_errors")
-        ),
-        *(f"pytorch_rnn_{name}.png" for name in ("performance_summary", "long_range")),
-    }
+    scores = table(own_run, "summary")
+    assert set(scores["kind"]) == {"model", "baseline"} and set(scores["task"]) == set(rnn.TASKS)
+    assert {path.name for path in own_run.glob("*.png")} == PNGS
 
 
 def test_the_runs_belong_to_the_content_of_the_file_not_to_its_place(own_run, tmp_path, no_figures, capsys):
     def report(content):
         (tmp_path / "my.corpus").write_text(content, encoding="utf-8")
-        arguments = ["--quick", "--report", "--tasks", "predictor", "--corpus", str(tmp_path / "my.corpus")]
-        return rnn.main([*arguments, "--output-dir", str(tmp_path)])
+        return quick(tmp_path, "--report", "--tasks", "predictor", "--corpus", tmp_path / "my.corpus")
 
     shutil.copytree(own_run / "runs", tmp_path / "runs")
     assert report(corpus_txt()) == 0
-    assert set(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")["task"]) == {"predictor"}
+    assert set(table(tmp_path, "runs")["task"]) == {"predictor"}
     capsys.readouterr()
     assert report(corpus_txt() + " more") == 2
     assert "no records in" in capsys.readouterr().err

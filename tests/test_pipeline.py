@@ -15,28 +15,13 @@ import pytest
 import torch
 
 import pytorch_rnn_models as rnn
-from conftest import ROOT, SCRIPT
+from conftest import ROOT, SCRIPT, quick, refusal, summary, table
 
 README = (ROOT / "README_pytorch.md").read_text(encoding="utf-8")
-PNGS = {
-    "pytorch_rnn_classifier_training_history.png",
-    "pytorch_rnn_predictor_training_history.png",
-    "pytorch_rnn_forecaster_training_history.png",
-    "pytorch_rnn_time_series_predictions.png",
-    "pytorch_rnn_parameter_counts.png",
-    "pytorch_rnn_architectures.png",
-    "pytorch_rnn_performance_summary.png",
-    "pytorch_rnn_long_range.png",
-    "pytorch_rnn_classifier_errors.png",
-}
-TABLES = {
-    "pytorch_rnn_runs.csv",
-    "pytorch_rnn_summary.csv",
-    "pytorch_rnn_summary.md",
-    "pytorch_rnn_comparisons.csv",
-    "pytorch_rnn_costs.csv",
-    "pytorch_rnn_history.csv",
-}
+FIGURES = "time_series_predictions parameter_counts architectures performance_summary long_range classifier_errors"
+PNGS = {f"pytorch_rnn_{name}.png" for name in (*FIGURES.split(), *(f"{task}_training_history" for task in rnn.TASKS))}
+CSVS = {f"pytorch_rnn_{name}.csv" for name in ("runs", "summary", "comparisons", "costs", "history")}
+TABLES = CSVS | {"pytorch_rnn_summary.md"}
 ONE_RUN = ["--quick", "--tasks", "forecaster", "--models", "RNN", "--output-dir"]
 TITLES = tuple(task.title for task in rnn.TASKS.values())
 RUNS = [f"{task}_{name}_seed42" for task in rnn.TASKS for name in rnn.MODEL_NAMES]
@@ -44,61 +29,57 @@ RUNS = [f"{task}_{name}_seed42" for task in rnn.TASKS for name in rnn.MODEL_NAME
 
 def test_a_run_leaves_every_file_of_the_contract_and_no_other(quick_run):
     found = {str(path.relative_to(quick_run)) for path in quick_run.rglob("*") if path.is_file()}
-    runs = {f"runs/{name}.json" for name in RUNS} | {f"models/{name}.pt" for name in RUNS}
-    runs |= {f"predictions/{name}.csv" for name in RUNS}
-    assert found == PNGS | TABLES | runs | {f"runs/{task}_baselines_seed42.json" for task in rnn.TASKS}
+    runs = {f"runs/{name}.json" for name in [*RUNS, *(f"{task}_baselines_seed42" for task in rnn.TASKS)]}
+    runs |= {name for run in RUNS for name in (f"models/{run}.pt", f"predictions/{run}.csv")}
+    assert found == PNGS | TABLES | runs
     for name in PNGS:
         content = (quick_run / name).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
 
 
 def test_runs_table(quick_run):
-    table = pd.read_csv(quick_run / "pytorch_rnn_runs.csv")
-    assert list(table) == (
-        "task,model,seed,learning_rate,parameters,recurrent_parameters,epochs,best_epoch,seconds,"
-        "val_loss,test_loss,test_accuracy,test_mse,test_mae"
-    ).split(",")
-    assert [f"{r.task}_{r.model}_seed{r.seed}" for r in table.itertuples()] == RUNS
-    text, series = table[table["task"] != "forecaster"], table[table["task"] == "forecaster"]
+    runs = table(quick_run, "runs")
+    columns = "task,model,seed,learning_rate,parameters,recurrent_parameters,epochs,best_epoch,seconds"
+    assert ",".join(runs) == f"{columns},val_loss,test_loss,test_accuracy,test_mse,test_mae"
+    assert [f"{r.task}_{r.model}_seed{r.seed}" for r in runs.itertuples()] == RUNS
+    text, series = runs[runs["task"] != "forecaster"], runs[runs["task"] == "forecaster"]
     assert text["test_accuracy"].between(0, 1).all() and text["test_mse"].isna().all()
     assert series["test_accuracy"].isna().all() and (series["test_mse"] > 0).all() and (series["test_mae"] > 0).all()
     assert dict(zip(text["model"], text["recurrent_parameters"])) == {"RNN": 15_200, "LSTM": 60_800, "GRU": 45_600}
 
 
 def test_summary_table(quick_run):
-    table = pd.read_csv(quick_run / "pytorch_rnn_summary.csv")
-    assert list(table) == "task,name,kind,metric,mean,std,n".split(",")
-    assert set(table["kind"]) == {"model", "baseline", "ceiling"}
-    assert set(table["metric"]) == {"accuracy", "loss", "mse", "mae"}
-    assert (table["n"] == 1).all() and table["std"].isna().all()
-    assert set(table[table["kind"] != "model"]["name"]) == {
+    scores = table(quick_run, "summary")
+    assert ",".join(scores) == "task,name,kind,metric,mean,std,n"
+    assert set(scores["kind"]) == {"model", "baseline", "ceiling"}
+    assert set(scores["metric"]) == {"accuracy", "loss", "mse", "mae"}
+    assert (scores["n"] == 1).all() and scores["std"].isna().all()
+    assert set(scores[scores["kind"] != "model"]["name"]) == {
         *("majority class", "naive Bayes", "Bayes decision"),
         *("unigram", "bigram", "trigram", "full state"),
         *("persistence", "seasonal naive", "linear autoregression", "exact filter"),
     }
-    runs = pd.read_csv(quick_run / "pytorch_rnn_runs.csv").set_index(["task", "model"])
-    for row in table[table["kind"] == "model"].itertuples():
+    runs = table(quick_run, "runs").set_index(["task", "model"])
+    for row in scores[scores["kind"] == "model"].itertuples():
         assert row.mean == pytest.approx(runs.loc[(row.task, row.name), f"test_{row.metric}"])
 
 
 def test_comparisons_table(quick_run):
-    table = pd.read_csv(quick_run / "pytorch_rnn_comparisons.csv")
-    assert list(table) == "task,metric,a,b,difference,low,high,verdict".split(",")
-    assert table["low"].isna().all() and table["high"].isna().all() and table["verdict"].str.endswith("one seed").all()
-    means = pd.read_csv(quick_run / "pytorch_rnn_summary.csv").set_index(["task", "metric", "name"])["mean"]
-    for row in table[table["metric"] != "perplexity"].itertuples():
+    found = table(quick_run, "comparisons")
+    assert ",".join(found) == "task,metric,a,b,difference,low,high,verdict"
+    assert found[["low", "high"]].isna().all(axis=None) and found["verdict"].str.endswith("one seed").all()
+    means = table(quick_run, "summary").set_index(["task", "metric", "name"])["mean"]
+    for row in found[found["metric"] != "perplexity"].itertuples():
         expected = means[row.task, row.metric, row.a] - means[row.task, row.metric, row.b]
         assert row.difference == pytest.approx(expected, abs=1e-12)
-    pairs = table.groupby(["task", "metric"]).size().to_dict()  # three pairs of models, and each with a baseline
+    pairs = found.groupby(["task", "metric"]).size().to_dict()  # three pairs of models, and each with a baseline
     assert pairs == {(task.name, metric.name): 6 for task in rnn.TASKS.values() for metric in task.metrics}
 
 
 def test_markdown_summary_names_every_model_and_reference(quick_run):
-    text = (quick_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
-    for word in ("RNN", "LSTM", "GRU", "naive Bayes", "trigram", "persistence", "perplexity", torch.__version__):
-        assert word in text
-    for task in rnn.TASKS.values():
-        assert task.question in " ".join(text.split())
+    words = ["RNN", "LSTM", "GRU", "naive Bayes", "trigram", "persistence", "perplexity", torch.__version__]
+    for word in (*words, *(task.question for task in rnn.TASKS.values())):
+        assert word in summary(quick_run)
 
 
 def test_checkpoints_give_the_outputs_of_the_run(quick_run):
@@ -113,16 +94,14 @@ def test_checkpoints_give_the_outputs_of_the_run(quick_run):
 
 
 def test_one_model_alone_repeats_its_row_of_the_full_run(quick_run, tmp_path, no_figures):
-    arguments = ["--quick", "--tasks", "predictor", "--models", "GRU", "--output-dir", str(tmp_path)]
-    assert rnn.main(arguments) == 0
-    alone = pd.read_csv(tmp_path / "pytorch_rnn_runs.csv").drop(columns="seconds")
-    full = pd.read_csv(quick_run / "pytorch_rnn_runs.csv").drop(columns="seconds")
-    expected = full[(full["task"] == "predictor") & (full["model"] == "GRU")].reset_index(drop=True)
+    assert quick(tmp_path, "--tasks", "predictor", "--models", "GRU") == 0
+    alone, full = (table(folder, "runs").drop(columns="seconds") for folder in (tmp_path, quick_run))
+    expected = full.query("task == 'predictor' and model == 'GRU'").reset_index(drop=True)
     pd.testing.assert_frame_equal(alone, expected, check_exact=True, check_dtype=False)
 
 
 def test_the_number_of_workers_changes_nothing(quick_run, tmp_path, no_figures, capfd):
-    assert rnn.main(["--quick", "--tasks", "predictor", "--workers", "2", "--output-dir", str(tmp_path)]) == 0
+    assert quick(tmp_path, "--tasks", "predictor", "--workers", 2) == 0
     error = capfd.readouterr().err
     for name in (name for name in RUNS if name.startswith("predictor")):
         parallel, alone = (json.loads((d / "runs" / f"{name}.json").read_text()) for d in (tmp_path, quick_run))
@@ -136,76 +115,68 @@ def test_the_number_of_workers_changes_nothing(quick_run, tmp_path, no_figures, 
 
 
 def make_the_forecaster_diverge(monkeypatch):
-    config = replace(rnn.QUICK["forecaster"], learning_rates=rnn.LearningRates(1e30, 1e30, 1e30))
-    monkeypatch.setitem(rnn.QUICK, "forecaster", config)
+    rates = rnn.LearningRates(1e30, 1e30, 1e30)
+    monkeypatch.setitem(rnn.QUICK, "forecaster", replace(rnn.QUICK["forecaster"], learning_rates=rates))
 
 
 @pytest.mark.slow
 def test_runs_that_fail_in_workers_are_named_and_the_others_go_on(capsys, tmp_path, monkeypatch, no_figures):
     make_the_forecaster_diverge(monkeypatch)
-    arguments = ["--quick", "--tasks", "predictor", "forecaster", "--models", "RNN", "GRU", "--seeds", "7"]
-    assert rnn.main([*arguments, "--workers", "2", "--output-dir", str(tmp_path)]) == 1
+    tasks = ["--tasks", "predictor", "forecaster", "--models", "RNN", "GRU"]
+    assert quick(tmp_path, *tasks, "--seeds", 7, "--workers", 2) == 1
     error = capsys.readouterr().err
     for name in ("RNN", "GRU"):
         assert f"failed: forecaster {name} seed 7: {name}Forecaster (forecaster), seed 7: the loss is not" in error
-    assert sorted(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")["model"]) == ["GRU", "RNN"], "the others went on"
+    assert sorted(table(tmp_path, "runs")["model"]) == ["GRU", "RNN"], "the others went on"
     assert not multiprocessing.active_children()
 
 
 def test_benchmark_prints_and_writes_the_loop_beside_the_bare_one(tmp_path, capsys):
-    arguments = ["--quick", "--benchmark", "--tasks", "predictor", "--models", "RNN", "GRU", "--output-dir"]
-    assert rnn.main([*arguments, str(tmp_path)]) == 0
-    table = pd.read_csv(tmp_path / "pytorch_rnn_benchmark.csv")
-    columns = "ms_per_step,samples_per_second,bare_ms_per_step,bare_samples_per_second,overhead,kernel"
-    assert list(table) == ["task", "model", *columns.split(",")] and table["model"].tolist() == ["RNN", "GRU"]
+    assert quick(tmp_path, "--benchmark", "--tasks", "predictor", "--models", "RNN", "GRU") == 0
+    costs = table(tmp_path, "benchmark")
+    columns = "task,model,ms_per_step,samples_per_second,bare_ms_per_step,bare_samples_per_second,overhead,kernel"
+    assert ",".join(costs) == columns and costs["model"].tolist() == ["RNN", "GRU"]
     assert re.search(r"predictor +GRU .*[+-][\d.]+% +generic", capsys.readouterr().out)
     assert not list((tmp_path / "runs").iterdir()), "nothing is trained"
 
 
 def test_report_is_made_from_the_records_alone(quick_run, tmp_path):
-    (tmp_path / "runs").mkdir()
-    for path in (quick_run / "runs").iterdir():
-        shutil.copy(path, tmp_path / "runs")
-    assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 0
+    shutil.copytree(quick_run / "runs", tmp_path / "runs")
+    assert quick(tmp_path, "--report") == 0
     for name in PNGS | TABLES:
         assert (tmp_path / name).read_bytes() == (quick_run / name).read_bytes()
 
 
 def test_a_report_without_the_baselines_leaves_them_out(quick_run, tmp_path):
     """As after an interruption: the baselines of a seed may be the last to be measured."""
-    (tmp_path / "runs").mkdir()
-    for path in (quick_run / "runs").glob("classifier_[RGL]*"):
-        shutil.copy(path, tmp_path / "runs")
-    assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 0
-    assert set(pd.read_csv(tmp_path / "pytorch_rnn_summary.csv")["kind"]) == {"model"}
-    assert not list(tmp_path.glob("*predictor*")) and (tmp_path / "pytorch_rnn_long_range.png").exists()
+    shutil.copytree(quick_run / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("*baselines*", "forecaster*"))
+    assert quick(tmp_path, "--report") == 0
+    assert set(table(tmp_path, "summary")["kind"]) == {"model"}
+    assert not list(tmp_path.glob("*forecaster*")) and (tmp_path / "pytorch_rnn_long_range.png").exists()
 
 
 def test_seeds_run_later_are_added_to_the_earlier_ones(tmp_path, no_figures):
-    arguments = ["--quick", "--tasks", "forecaster", "--output-dir", str(tmp_path)]
-    assert rnn.main([*arguments, "--models", "RNN", "GRU", "--seeds", "5"]) == 0
-    assert rnn.main([*arguments, "--models", "RNN", "GRU", "--seeds", "3"]) == 0
-    runs, summary = (pd.read_csv(tmp_path / f"pytorch_rnn_{name}.csv") for name in ("runs", "summary"))
+    for seed in (5, 3):
+        assert quick(tmp_path, "--tasks", "forecaster", "--models", "RNN", "GRU", "--seeds", seed) == 0
+    runs, scores = table(tmp_path, "runs"), table(tmp_path, "summary")
     assert runs["seed"].tolist() == [3, 5, 3, 5]
-    text = (tmp_path / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
-    assert "over the seeds 3, 5." in text and "One seed" not in text
+    assert "over the seeds 3, 5." in summary(tmp_path) and "One seed" not in summary(tmp_path)
     expected = runs.groupby("model")["test_mse"].agg(["mean", "std", "count"])
-    found = summary[summary["metric"] == "mse"].set_index("name")[["mean", "std", "n"]]
+    found = scores[scores["metric"] == "mse"].set_index("name")[["mean", "std", "n"]]
     assert found.loc[expected.index].to_numpy() == pytest.approx(expected.to_numpy())
-    assert rnn.main([*arguments, "--models", "GRU", "--seeds", "4"]) == 0
-    text = (tmp_path / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
-    assert "over the seeds 3, 5 (RNN); 3, 4, 5 (GRU)." in text
+    assert quick(tmp_path, "--tasks", "forecaster", "--models", "GRU", "--seeds", 4) == 0
+    assert "over the seeds 3, 5 (RNN); 3, 4, 5 (GRU)." in summary(tmp_path)
 
 
 def test_records_of_another_configuration_are_left_out(quick_run, tmp_path, capsys):
     shutil.copytree(quick_run / "runs", tmp_path / "runs")
-    assert rnn.main(["--quick", "--epochs", "3", "--report", "--output-dir", str(tmp_path)]) == 2
-    assert "train first (the folder holds runs of: --quick)" in capsys.readouterr().err
+    arguments = ["--quick", "--epochs", "3", "--report", "--output-dir", str(tmp_path)]
+    assert "train first (the folder holds runs of: --quick)" in refusal(arguments, capsys)
     assert not list(tmp_path.glob("pytorch_rnn_*"))
 
 
 def test_terminal_output(capsys, tmp_path, no_figures):
-    assert rnn.main(["--quick", "--tasks", "forecaster", "--output-dir", str(tmp_path)]) == 0
+    assert quick(tmp_path, "--tasks", "forecaster") == 0
     printed, progress = capsys.readouterr()
     assert all(word in printed for word in ("Time-series forecasting", "persistence", "recurrent", str(tmp_path)))
     assert re.search(r"forecaster GRU seed 42  epoch  2  train/val loss [\d.]+/[\d.]+, mse [\d.]+/", progress)
@@ -214,7 +185,7 @@ def test_terminal_output(capsys, tmp_path, no_figures):
 
 def test_a_folder_that_cannot_be_written_is_one_line_and_status_1(capsys, tmp_path):
     (tmp_path / "FILE").write_text("")
-    assert rnn.main(["--quick", "--output-dir", str(tmp_path / "FILE" / "below")]) == 1
+    assert quick(tmp_path / "FILE" / "below") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "below: cannot be written (Not a directory); choose another" in error
 
@@ -262,28 +233,43 @@ def test_bars_fit_a_terminal_of_80_columns(tmp_path):
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--device", "mps"], "there is none here"),
         (["--report", "--output-dir", "EMPTY"], "train first"),
+        (["--learning-rate", "0"], "'0' is not a number from 1e-06 to 1"),
+        (["--learning-rate", "fast"], "'fast' is not a number"),
+        (["--hidden-dim", "0"], "'0' is not a whole number of 1 or more"),
+        (["--tune", "--learning-rate", "0.1"], "--tune and --learning-rate cannot go together"),
+        (["--tune", "--report"], "--report and --tune cannot go together"),
+        (["--tune", "--benchmark"], "--benchmark and --tune cannot go together"),
+        (["--tune", "--predict", "a.pt", "b"], "--predict and --tune cannot go together"),
+        (["--text-column", "x"], "--text-column goes with --reviews or --predict"),
+        (["--series-column", "x"], "--series-column goes with --series or --predict"),
+        (["--window", "5", "--tasks", "classifier"], "--window is for predictor and forecaster"),
+        (["--tasks", "predictor", "--reviews", "f.csv"], "--reviews is for the task classifier, which --tasks leaves"),
+        (["--quick", "--series", "FILE", "--series-column", "u"], "no column 'u'; its columns are day, temperature"),
+        (["--reviews", "."], "not a regular file"),
+        (["--series", "PIPE"], "not a regular file; a run needs one that can be read again"),
+        (["--corpus", "broken.gz"], "broken.gz: cannot be read"),
+        ("--quick", "the options are a list, as in main(['--quick'])"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(rnn, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(rnn, "run_jobs", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "FILE").write_text("")
-    assert rnn.main(arguments) == 2
-    printed, error = capsys.readouterr()
-    assert not printed and message in error
-    assert error.startswith("pytorch_rnn_models.py: ") and error.endswith("\n")
-    assert error[:-1].isprintable() and len(error) <= len("pytorch_rnn_models.py: ") + 300 + 1
+    (tmp_path / "FILE").write_text("day,temperature\nmon,1\ntue,2\n")
+    (tmp_path / "broken.gz").write_bytes(b"no gzip at all")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("PIPE")
+    elif "PIPE" in arguments:
+        pytest.skip("no pipes with names here")
+    assert message in refusal(arguments, capsys)
 
 
 def test_a_failed_run_is_status_1_and_keeps_what_was_finished(capsys, tmp_path, monkeypatch, no_figures):
     make_the_forecaster_diverge(monkeypatch)
-    assert rnn.main(["--quick", "--tasks", "predictor", "forecaster", "--output-dir", str(tmp_path)]) == 1
-    assert (
-        "failed: forecaster GRU seed 42: GRUForecaster (forecaster), seed 42: the loss is not finite"
-        in capsys.readouterr().err
-    )
-    assert pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")["model"].tolist() == ["RNN", "LSTM", "GRU"]
+    assert quick(tmp_path, "--tasks", "predictor", "forecaster") == 1
+    said = "failed: forecaster GRU seed 42: GRUForecaster (forecaster), seed 42: the loss is not finite"
+    assert said in capsys.readouterr().err
+    assert table(tmp_path, "runs")["model"].tolist() == ["RNN", "LSTM", "GRU"]
 
 
 def test_an_interrupted_run_is_status_130_and_still_names_what_failed(tmp_path, monkeypatch, capsys):
@@ -293,8 +279,7 @@ def test_an_interrupted_run_is_status_130_and_still_names_what_failed(tmp_path, 
         raise next(errors)
 
     monkeypatch.setattr(rnn, "fit", interrupted)
-    arguments = ["--quick", "--tasks", "classifier", "--models", "RNN", "GRU", "--output-dir", str(tmp_path)]
-    assert rnn.main(arguments) == 130
+    assert quick(tmp_path, "--tasks", "classifier", "--models", "RNN", "GRU") == 130
     *_, failed, last = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"failed: classifier (RNN|GRU) seed 42: beyond all bounds", failed)
     assert last.startswith("pytorch_rnn_models.py: interrupted") and "--resume" in last and "--report" in last
@@ -312,14 +297,10 @@ def test_a_terminal_that_knows_ascii_only_and_a_file_name_that_is_no_utf_8(tmp_p
     series = os.fsencode(tmp_path) + b"/no-\xff.csv"
     with open(series, "w") as file:  # noqa: PTH123 (a name in bytes)
         file.writelines(f"{i % 7}\n" for i in range(500))
-    command = [*SCRIPT, *ONE_RUN[:-1], "--epochs", "1", "--series", series]
-    done = subprocess.run(
-        [*command, "--output-dir", tmp_path / "out"],
-        capture_output=True,
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-    )
+    command = [*SCRIPT, *ONE_RUN, tmp_path / "out", "--epochs", "1", "--series", series]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
-    assert "no-" in (tmp_path / "out" / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    assert "no-" in summary(tmp_path / "out")
 
 
 def test_help_returns(capsys):
@@ -360,25 +341,26 @@ def test_readme_shows_the_committed_results():
 
 @pytest.mark.parametrize("folder", ["outputs/reference", "outputs/unseen_seeds"])
 def test_committed_results_lie_in_the_promised_bands(folder):
-    table = pd.read_csv(ROOT / folder / "pytorch_rnn_summary.csv").set_index(["task", "metric", "name"])["mean"]
-    runs = pd.read_csv(ROOT / folder / "pytorch_rnn_runs.csv")
-    accuracy = table["classifier"]["accuracy"]
+    means, runs = (
+        table(ROOT / folder, "summary").set_index(["task", "metric", "name"])["mean"],
+        table(ROOT / folder, "runs"),
+    )
+    accuracy = means["classifier"]["accuracy"]
     for name, low, high in (("LSTM", 0.75, 0.85), ("GRU", 0.70, 0.80), ("RNN", 0.60, 0.70)):
-        singles = runs[(runs["task"] == "classifier") & (runs["model"] == name)]["test_accuracy"]
+        singles = runs.query("task == 'classifier' and model == @name")["test_accuracy"]
         assert low <= accuracy[name] <= high, name
         assert singles.between(low - 0.04, high + 0.04).all(), name
     assert min(accuracy["LSTM"], accuracy["GRU"]) > accuracy["naive Bayes"]
-    accuracy = table["predictor"]["accuracy"]
+    accuracy = means["predictor"]["accuracy"]
     assert 0.40 <= accuracy["LSTM"] <= 0.60 and accuracy["GRU"] >= accuracy["LSTM"] - 0.03
     assert accuracy["RNN"] < min(accuracy["LSTM"], accuracy["GRU"])
-    verdicts = " ".join(pd.read_csv(ROOT / folder / "pytorch_rnn_comparisons.csv")["verdict"])
+    verdicts = " ".join(table(ROOT / folder, "comparisons")["verdict"])
     assert all(f"{name} better than linear autoregression by" in verdicts for name in rnn.MODEL_NAMES)
 
 
 @pytest.mark.parametrize("folder", ["outputs/reference", "outputs/unseen_seeds"])
 def test_no_committed_model_beats_a_ceiling(folder):
-    table = pd.read_csv(ROOT / folder / "pytorch_rnn_summary.csv")
-    for (_, metric), rows in table.groupby(["task", "metric"]):
+    for (_, metric), rows in table(ROOT / folder, "summary").groupby(["task", "metric"]):
         ceiling = rows[rows["kind"] == "ceiling"]["mean"].item()
         others = rows[rows["kind"] != "ceiling"]["mean"]
         assert (others < ceiling).all() if metric == "accuracy" else (others > ceiling).all()

@@ -1,6 +1,7 @@
 """The training loop: memory, stopping, learning rate, accumulation, clipping, restored weights, evaluation."""
 
 import gc
+import itertools
 import math
 from dataclasses import replace
 
@@ -36,17 +37,15 @@ def scripted_fit(monkeypatch, data, losses, **changes):
     return history, weights, model
 
 
-def test_best_weights_are_restored_after_early_stopping(monkeypatch, data):
-    history, weights, model = scripted_fit(monkeypatch, data, [3, 2, 4, 5, 6], patience=3, lr_patience=1, epochs=9)
-    assert len(history) == 5
+@pytest.mark.parametrize(
+    ("losses", "changes"),
+    [([3, 2, 4, 5, 6], {"patience": 3, "lr_patience": 1, "epochs": 9}), ([3, 2, 4], {"epochs": 3})],
+)
+def test_best_weights_are_restored_after_early_stopping_and_when_the_epochs_run_out(losses, changes, monkeypatch, data):
+    history, weights, model = scripted_fit(monkeypatch, data, losses, **changes)
+    assert len(history) == len(losses)
     assert all(torch.equal(value, weights[1][name]) for name, value in model.state_dict().items())
-    assert any(not torch.equal(value, weights[4][name]) for name, value in model.state_dict().items())
-
-
-def test_best_weights_are_restored_when_the_epochs_run_out(monkeypatch, data):
-    history, weights, model = scripted_fit(monkeypatch, data, [3, 2, 4], epochs=3)
-    assert len(history) == 3
-    assert all(torch.equal(value, weights[1][name]) for name, value in model.state_dict().items())
+    assert any(not torch.equal(value, weights[-1][name]) for name, value in model.state_dict().items())
 
 
 def test_learning_rate_falls_on_a_plateau_and_is_recorded(monkeypatch, data):
@@ -82,10 +81,9 @@ def test_gradients_are_clipped_and_the_norm_before_is_returned(data):
 def test_every_class_can_overfit_one_batch(task, name, data):
     model = new_model(task, name, data, dropout=0.0)
     inputs, targets = data[task].train.__getitems__(range(8))
-    inputs = inputs[:, :20]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(150):
-        loss, *_ = rnn.train_step(model, rnn.TASKS[task], optimizer, (inputs, targets), TRAINING)
+        loss, *_ = rnn.train_step(model, rnn.TASKS[task], optimizer, (inputs[:, :20], targets), TRAINING)
     assert loss < 0.05
 
 
@@ -93,9 +91,8 @@ def test_every_class_can_overfit_one_batch(task, name, data):
 def test_evaluation_does_not_depend_on_batch_size(task, name, data):
     model = new_model(task, name, data)
     results = [rnn.evaluate(model, rnn.TASKS[task], data[task].test, batch_size=b) for b in (1, 7, 512)]
-    for other in results[1:]:
-        for key in ("loss", "score"):
-            assert other[key] == pytest.approx(results[0][key], abs=1e-5)
+    for other, key in itertools.product(results[1:], ("loss", "score")):
+        assert other[key] == pytest.approx(results[0][key], abs=1e-5)
     assert len(results[0]["loss"]) == len(data[task].test)
 
 
@@ -139,18 +136,16 @@ def test_epoch_means_are_weighted_by_examples(data):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(data):
-    model = new_model("forecaster", "GRU", data)
-    training = replace(TRAINING, learning_rate=1e30)
+    model, training = new_model("forecaster", "GRU", data), replace(TRAINING, learning_rate=1e30)
     with pytest.raises(rnn.TrainingDiverged, match=r"GRUForecaster \(forecaster\), seed 5.*epoch 1"):
         rnn.fit(model, rnn.TASKS["forecaster"], data["forecaster"], training, 5)
 
 
 @pytest.mark.parametrize("task", rnn.TASKS)
 def test_training_learns_and_repeats(task, data):
-    config, histories = rnn.QUICK[task], []
-    for _ in range(2):
-        model = new_model(task, "GRU", data)
-        histories.append(rnn.fit(model, rnn.TASKS[task], data[task], replace(config.training, epochs=4), 0))
+    training = replace(rnn.QUICK[task].training, epochs=4)
+    models = [new_model(task, "GRU", data) for _ in range(2)]
+    histories = [rnn.fit(model, rnn.TASKS[task], data[task], training, 0) for model in models]
     losses = [[row["train"]["loss"] for row in history] for history in histories]
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]

@@ -3,20 +3,18 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 
 import pytorch_rnn_models as rnn
-from conftest import ROOT
+from conftest import ROOT, summary, table
 
 TINY = ["--quick", "--tune", "--tasks", "forecaster", "--models", "RNN", "GRU", "--seeds", "1", "2", "--output-dir"]
-COLUMNS = "task,model,learning_rate,seed,val_loss,best_epoch,epochs,chosen".split(",")
 KEY = ["task", "model", "learning_rate"]
 
 
-def chosen_rates(table):
+def chosen_rates(tried):
     """The chosen rate of each (task, model)."""
-    chosen = table[table["chosen"]].drop_duplicates(["task", "model"])
+    chosen = tried[tried["chosen"]].drop_duplicates(["task", "model"])
     return chosen.set_index(["task", "model"])["learning_rate"].to_dict()
 
 
@@ -28,29 +26,26 @@ def tuned(tmp_path_factory):
 
 
 def test_the_rate_of_the_lowest_mean_validation_loss_is_chosen_and_used(tuned):
-    table = pd.read_csv(tuned / "pytorch_rnn_tuning.csv")
-    assert list(table) == COLUMNS and set(table["seed"]) == {1, 2}
-    means = table.groupby(KEY)["val_loss"].mean()
-    for (task, model), rate in chosen_rates(table).items():
+    tried, runs = table(tuned, "tuning"), table(tuned, "runs")
+    assert ",".join(tried) == "task,model,learning_rate,seed,val_loss,best_epoch,epochs,chosen"
+    assert set(tried["seed"]) == {1, 2} and len(runs) == 4
+    means = tried.groupby(KEY)["val_loss"].mean()
+    for (task, model), rate in chosen_rates(tried).items():
         assert means[task, model].idxmin() == rate
-    runs = pd.read_csv(tuned / "pytorch_rnn_runs.csv")
-    used = runs.drop_duplicates(["task", "model"]).set_index(["task", "model"])["learning_rate"].to_dict()
-    assert used == chosen_rates(table) and len(runs) == 4
-    text = (tuned / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
-    assert "| learning rate |" in text
+    assert chosen_rates(runs.assign(chosen=True)) == chosen_rates(tried)
+    assert "| learning rate |" in summary(tuned)
     assert (tuned / "pytorch_rnn_learning_rates.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_tuning_run_is_the_run_that_the_comparison_makes_with_its_rate(tuned):
-    table, runs = pd.read_csv(tuned / "pytorch_rnn_tuning.csv"), pd.read_csv(tuned / "pytorch_rnn_runs.csv")
-    both = runs.merge(table[table["chosen"]], on=[*KEY, "seed"], suffixes=("", "_tuning"))
+    tried, runs = table(tuned, "tuning"), table(tuned, "runs")
+    both = runs.merge(tried[tried["chosen"]], on=[*KEY, "seed"], suffixes=("", "_tuning"))
     assert len(both) == len(runs) and (both["val_loss"] == both["val_loss_tuning"]).all()
 
 
 def test_a_rate_at_the_edge_of_the_grid_is_followed_one_step_outwards(tuned):
-    table = pd.read_csv(tuned / "pytorch_rnn_tuning.csv")
     grid = rnn.RATES[2:4]
-    for (_, _), rows in table.groupby(["task", "model"]):
+    for _, rows in table(tuned, "tuning").groupby(["task", "model"]):
         inner = rows[rows["learning_rate"].isin(grid)].groupby("learning_rate")["val_loss"].mean().idxmin()
         outer = {rnn.RATES[1]} if inner == grid[0] else {rnn.RATES[4]}
         assert set(rows["learning_rate"]) == {*grid, *outer}
@@ -58,11 +53,10 @@ def test_a_rate_at_the_edge_of_the_grid_is_followed_one_step_outwards(tuned):
 
 def test_the_test_part_is_out_of_reach_while_tuning(tmp_path, monkeypatch):
     class OutOfReach:
-        def __getattribute__(self, name):
+        def __getattribute__(*_):
             raise AssertionError("the test part was looked at")
 
-        def __len__(self):
-            raise AssertionError("the test part was looked at")
+        __len__ = __getattribute__
 
     data = rnn.build_series(rnn.QUICK["forecaster"], 0)
     monkeypatch.setattr(rnn, "cached_data", lambda *_: replace(data, test=OutOfReach()))
@@ -76,20 +70,22 @@ def test_the_test_part_is_out_of_reach_while_tuning(tmp_path, monkeypatch):
 
 
 def test_resume_repeats_no_tuning_run(tuned, capsys):
-    before = {path: path.stat().st_mtime_ns for path in (tuned / "runs" / "tuning").iterdir()}
-    table = (tuned / "pytorch_rnn_tuning.csv").read_bytes()
+    def state():
+        content = (tuned / "pytorch_rnn_tuning.csv").read_bytes()
+        return content, {path: path.stat().st_mtime_ns for path in (tuned / "runs" / "tuning").iterdir()}
+
+    before = state()
     assert rnn.main([*TINY, str(tuned), "--resume"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in (tuned / "runs" / "tuning").iterdir()} == before
-    assert (tuned / "pytorch_rnn_tuning.csv").read_bytes() == table
+    assert state() == before
     assert "8 of 8 runs are finished" in capsys.readouterr().err
 
 
 def test_a_rate_that_diverges_is_named_and_not_chosen(tmp_path, monkeypatch, capsys, no_figures):
     monkeypatch.setattr(rnn, "RATES", (1e-4, 3e-4, 1e-3, 1e30, 1e31))
     assert rnn.main([*TINY, str(tmp_path)]) == 0
-    table = pd.read_csv(tmp_path / "pytorch_rnn_tuning.csv")
-    assert np.isinf(table[table["learning_rate"] == 1e30]["val_loss"]).all()
-    assert set(chosen_rates(table).values()) <= {1e-3, 3e-4}
+    tried = table(tmp_path, "tuning")
+    assert np.isinf(tried[tried["learning_rate"] == 1e30]["val_loss"]).all()
+    assert set(chosen_rates(tried).values()) <= {1e-3, 3e-4}
     assert "failed: forecaster RNN seed 1 rate 1e+30: RNNForecaster" in capsys.readouterr().err
 
 
@@ -104,19 +100,12 @@ def test_where_all_rates_diverge_the_model_fails_and_the_others_go_on(tmp_path, 
     monkeypatch.setattr(rnn, "fit", rnn_diverges)
     assert rnn.main([*TINY, str(tmp_path)]) == 1
     assert "learning rate of forecaster RNN: none" in capsys.readouterr().err
-    assert set(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")["model"]) == {"GRU"}
-
-
-@pytest.mark.parametrize("other", [["--report"], ["--benchmark"], ["--predict", "a.pt", "b"]])
-def test_tuning_goes_with_training_only(other, capsys):
-    assert rnn.main(["--tune", *other]) == 2
-    error = capsys.readouterr().err
-    assert f"{other[0]} and --tune cannot go together" in error and error.count("\n") == 1
+    assert set(table(tmp_path, "runs")["model"]) == {"GRU"}
 
 
 def test_the_configured_rates_are_those_of_the_committed_table():
-    table = pd.read_csv(ROOT / "outputs" / "tuning" / "pytorch_rnn_tuning.csv")
-    assert set(table["seed"]) == {0, 1, 2, 3, 4}
-    for (task, model), rate in chosen_rates(table).items():
+    tried = table(ROOT / "outputs" / "tuning", "tuning")
+    assert set(tried["seed"]) == {0, 1, 2, 3, 4}
+    for (task, model), rate in chosen_rates(tried).items():
         assert getattr(rnn.DEFAULT[task].learning_rates, model) == rate, (task, model)
-    assert len(chosen_rates(table)) == 9
+    assert len(chosen_rates(tried)) == 9

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pytorch_rnn_models as rnn
-from conftest import ROOT, SCRIPT
+from conftest import ROOT, SCRIPT, refusal
 
 
 @pytest.fixture
@@ -109,9 +109,8 @@ def test_predict_labels_each_line_of_text_file_or_standard_input(checkpoint, cap
 
 
 def test_predict_continues_a_text(checkpoint, capsys):
-    *likeliest, blank, continuation = predict(
-        capsys, checkpoint("predictor"), "the sailor", "--length", 7, "--temperature", 0, "--seed", 3
-    )
+    options = ["--length", 7, "--temperature", 0, "--seed", 3]
+    *likeliest, blank, continuation = predict(capsys, checkpoint("predictor"), "the sailor", *options)
     assert len(likeliest) == 5 and all(re.fullmatch(r"\S+\t0\.\d{4}", line) for line in likeliest)
     assert blank == "" and len(rnn.tokenize(continuation, rnn.WORDS_AND_ENDS)) == 7
 
@@ -158,10 +157,7 @@ def test_predict_refuses_in_one_line(arguments, message, checkpoint, capsys, tmp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "BINARY").write_bytes(b"\xff\xfe")
     names = {task.upper(): str(checkpoint(task)) for task in rnn.TASKS}
-    assert rnn.main(["--predict", *(names.get(a, a) for a in arguments)]) == 2
-    printed, error = capsys.readouterr()
-    assert not printed and message in error and error.endswith("\n")
-    assert error[:-1].isprintable() and len(error) <= len("pytorch_rnn_models.py: ") + 300 + 1
+    assert message in refusal(["--predict", *(names.get(a, a) for a in arguments)], capsys)
 
 
 # --- files that mean no good ----------------------------------------------------------
@@ -186,8 +182,7 @@ def test_a_hostile_checkpoint_runs_no_code(checkpoint, tmp_path, capsys):
             save(hostile, path)
             with pytest.raises(rnn.InputError, match="not a model that this script can use"):
                 rnn.load_checkpoint(path)
-            assert rnn.main(["--predict", str(path), "text"]) == 2
-            assert capsys.readouterr().err.count("\n") == 1
+            refusal(["--predict", str(path), "text"], capsys)
             assert not marker.exists()
     pickle.loads(pickle.dumps(Hostile(marker)))
     assert marker.exists(), "the file would have run code if it had been let"
