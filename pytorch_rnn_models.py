@@ -342,7 +342,7 @@ NAME_HEADS = """ald alder ash barn beck birch black bright brook buck burn carl 
     eld elm fair farn fern fox glen gold grey hal ham hart hawk hazel heath high holly hunt iron kel king kirk lang lark
     lind lock long mal marsh mead mill moor nether new north oak old oxen pem pine quill rad raven red ridge rock rose
     rush sand sel shaw silver south stan stone storm sun swan thorn tun ul wake wal west white wil wind winter wolf wood
-    wyn yar york""".split()
+    wyn yar york""".title().split()
 NAME_MIDDLES = """a al an ar bel ber col den der el en er et ey for hal hel ing ken ker lan lea len ley lin man mar mel
     mer ner o ol on or ra ren ri ros ter ton""".split()
 NAME_TAILS = """acre bank beck berg bourne bridge brook burn bury by church cliff combe cote crest croft dale dean den
@@ -390,24 +390,22 @@ def generate_reviews(config: ClassifierConfig, rng: np.random.Generator) -> Revi
     negated = rng.random(n) < config.negation_rate
     adjectives = np.where(favourable != negated, rng.choice(POSITIVE, n), rng.choice(NEGATIVE, n))
     verbs = np.where(negated, rng.choice(NEGATIONS, n), rng.choice(AFFIRMATIONS, n))
-    opinions = np.stack([rng.choice(ASPECTS, n), verbs, adjectives], axis=1)
+    opinions = rng.choice(ASPECTS, n).astype(object) + " " + verbs + " " + adjectives
     # an aside for each phrase, which says nothing about the film's worth
     named, shape = rng.random(n) < config.name_rate, (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS))
     size = math.prod(shape)
     fame = (size ** rng.random(n)).astype(int) - 1  # a log-uniform rank is Zipf-distributed
     parts = np.unravel_index(fame * 7919 % size, shape)  # a prime: neighbours in fame do not look alike
-    surnames = [(NAME_HEADS[i] + NAME_MIDDLES[j] + NAME_TAILS[k]).title() for k, j, i in zip(*parts)]
+    surnames = [NAME_HEADS[i] + NAME_MIDDLES[j] + NAME_TAILS[k] for k, j, i in zip(*parts)]
     who = np.where(named, surnames, rng.choice(CHARACTERS, n))
-    asides = np.stack([rng.choice(CONJUNCTIONS, n), who, rng.choice(VERBS, n)], axis=1)
-    phrases = np.where(is_opinion[:, None], opinions, asides)  # (n, 3)
+    asides = rng.choice(CONJUNCTIONS, n).astype(object) + " " + who + " " + rng.choice(VERBS, n)
+    # each review's phrases and its verdict, in sentences of a few phrases: the tokenizer takes their ends out again
     praised = (rng.random(n_reviews) < config.verdict_reliability) == (labels == 1)
-    verdicts = np.where(praised, rng.choice(TRIUMPHS, n_reviews), rng.choice(FAILURES, n_reviews))
-    bodies = np.split([" ".join(phrase) for phrase in phrases.tolist()], np.cumsum(n_phrases)[:-1])
-    texts = []
-    for body, verdict in zip(bodies, verdicts):  # sentences of a few phrases; the tokenizer takes their ends out again
-        marks = [*np.where(rng.random(len(body) + 1) < 0.4, ". ", ", ")[:-1], "."]
-        text = "".join(phrase + mark for phrase, mark in zip([*body, f"in all a {verdict}"], marks))
-        texts.append(". ".join(sentence[0].upper() + sentence[1:] for sentence in text.split(". ")))
+    verdicts = np.where(praised, rng.choice(TRIUMPHS, n_reviews), rng.choice(FAILURES, n_reviews)).astype(object)
+    phrases = np.insert(np.where(is_opinion, opinions, asides), n_phrases.cumsum(), "in all a " + verdicts)
+    marks = np.where(rng.random(len(phrases)) < 0.4, ". ", ", ")
+    marks[(n_phrases + 1).cumsum() - 1] = ".\n"
+    texts = re.sub(r"(?m)(^|\. )\w", lambda start: start[0].upper(), "".join(phrases + marks)).splitlines()
     # Bayes' rule for a reader who gets every opinion right: favourable opinions and the verdict are all that depends
     # on the label, so no classifier can be right more often, on average, than the sign of these log odds
     for_it = np.bincount(owner[is_opinion & favourable], minlength=n_reviews)[:, None]
