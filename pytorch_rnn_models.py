@@ -43,7 +43,7 @@ import time
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
@@ -434,28 +434,7 @@ TAILS = "today again twice alone outside".split()
 VERB_SHARES = (0.3, 0.4, 1.0)  # probability that the verb comes next, after 0, 1 and 2 phrases
 
 
-@dataclass
-class Transcript:
-    """A text as it is generated, and what its generator knew at each word."""
-
-    rng: np.random.Generator
-    words: list[str] = field(default_factory=list)
-    hits: list[bool] = field(default_factory=list)  # whether the likeliest word, given the full state, is the one drawn
-    entropy: list[float] = field(default_factory=list)  # nats, given the full state
-    cues: list[tuple[str, int]] = field(default_factory=list)  # (verb or object, words back to its subject), or ("", 0)
-
-    def draw(self, options: Mapping[str, float]) -> str:
-        """Draw the next word from `options`, a probability per word, and keep how predictable it was."""
-        words = [word for word, probability in options.items() if probability]
-        probabilities = np.array([options[word] for word in words])
-        self.words.append(words[self.rng.choice(len(words), p=probabilities)])
-        self.hits.append(self.words[-1] == words[probabilities.argmax()])
-        self.entropy.append(-(probabilities * np.log(probabilities)).sum())
-        self.cues.append(("", 0))
-        return self.words[-1]
-
-
-def even(words: Sequence[str], share: float = 1.0) -> dict[str, float]:
+def even(words: Collection[str], share: float = 1.0) -> dict[str, float]:
     """`share` spread evenly over `words`."""
     return {word: share / len(words) for word in words}
 
@@ -466,7 +445,7 @@ def peaked(words: Sequence[str], favourite: int, rate: float, share: float = 1.0
     return {words[favourite]: share * rate} | others
 
 
-def generate_corpus(config: PredictorConfig, rng: np.random.Generator) -> Transcript:
+def generate_corpus(config: PredictorConfig, rng: np.random.Generator) -> pd.DataFrame:
     """Sentences of a small grammar in which verb and object depend on a subject some words back.
 
     "the bakers behind the singer often burn the bread outside ." Subjects belong to six areas. The verb is
@@ -476,35 +455,45 @@ def generate_corpus(config: PredictorConfig, rng: np.random.Generator) -> Transc
 
     Why the models differ: whoever keeps the subject across the intruding nouns predicts verb and object;
     whoever goes by the last few words, as n-grams must, takes the intruder for the subject.
+
+    A row per word: `words`, `hits` (the likeliest word, given the full state, is the one drawn), `entropy` (nats, given
+    the full state) and `cues`: ("verb" or "object", words back to its subject), or ("", 0).
     """
-    text, subjects, verbs, objects = Transcript(rng), {}, {}, {}
+    rows, subjects = [], {}
     for area, words in AREAS.items():  # nouns and verbs in singular and plural
-        nouns, stems, objects[area] = (part.split() for part in words.split("/"))
-        for number, noun_end, verb_end in (("singular", "", "s"), ("plural", "s", "")):
-            verbs[area, number] = [stem.removesuffix("s") + verb_end for stem in stems]
-            subjects |= {noun + noun_end: (area, number, i) for i, noun in enumerate(nouns)}
-    while len(text.words) < config.n_words:
-        text.draw({"the": 1.0})
-        area, number, rank = subjects[text.draw(even(list(subjects)))]
-        subject, own_verbs = len(text.words) - 1, verbs[area, number]
-        intruders = even([noun for noun, (other, _, _) in subjects.items() if other != area])
-        word, phrases = "", 0
-        while word not in own_verbs:  # up to two phrases or one adverb before it come between subject and verb
+        nouns, verbs, objects = (part.split() for part in words.split("/"))
+        for ending, own in (("", verbs), ("s", [verb.removesuffix("s") for verb in verbs])):
+            subjects |= {noun + ending: (area, own, objects, i) for i, noun in enumerate(nouns)}
+
+    def draw(options: Mapping[str, float]) -> str:
+        options = {word: probability for word, probability in options.items() if probability}
+        words, probabilities = list(options), np.array([*options.values()])
+        word, entropy = words[rng.choice(len(words), p=probabilities)], -(probabilities * np.log(probabilities)).sum()
+        hit = word == words[probabilities.argmax()]
+        rows.append({"words": word, "hits": hit, "entropy": entropy, "cues": ("", 0)})
+        return word
+
+    while len(rows) < config.n_words:
+        draw({"the": 1.0})
+        area, verbs, objects, rank = subjects[draw(even(subjects))]
+        subject, word, phrases = len(rows) - 1, "", 0
+        intruders = even([noun for noun, (other, *_) in subjects.items() if other != area])
+        while word not in verbs:  # up to two phrases or one adverb before it come between subject and verb
             verb_share = 1.0 if word in ADVERBS else VERB_SHARES[phrases]
-            options = peaked(own_verbs, rank % len(own_verbs), config.favourite_rate, verb_share)
+            options = peaked(verbs, rank % len(verbs), config.favourite_rate, verb_share)
             options |= even(PREPOSITIONS, 0.85 * (1 - verb_share)) | even(ADVERBS, 0.15 * (1 - verb_share))
-            word = text.draw(options)
+            word = draw(options)
             if word in PREPOSITIONS:
-                text.draw({"the": 1.0})
-                text.draw(intruders)
+                draw({"the": 1.0})
+                draw(intruders)
                 phrases += 1
-        text.cues[-1] = "verb", len(text.words) - 1 - subject
-        text.draw({"the": 1.0})
-        text.draw(peaked(objects[area], rank, config.favourite_rate))
-        text.cues[-1] = "object", len(text.words) - 1 - subject
-        if text.draw({".": 0.6} | even(TAILS, 0.4)) != ".":
-            text.draw({".": 1.0})
-    return text
+        rows[-1]["cues"] = "verb", len(rows) - 1 - subject
+        draw({"the": 1.0})
+        draw(peaked(objects, rank, config.favourite_rate))
+        rows[-1]["cues"] = "object", len(rows) - 1 - subject
+        if draw({".": 0.6} | even(TAILS, 0.4)) != ".":
+            draw({".": 1.0})
+    return pd.DataFrame(rows)
 
 
 # --- series ---------------------------------------------------------------------------
@@ -1174,7 +1163,7 @@ def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU)
     """A corpus, cut in three, encoded with the training part's vocabulary; raises InputError."""
     text = None if config.file else generate_corpus(config, random_generator(seed, "corpus"))
     lines = io.StringIO(read_text(config.file.path)) if config.file else ()  # one at a time, which saves memory
-    words = text.words if text else [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
+    words = [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)] if config.file else list(text.words)
     parts = three_parts(len(words), 8 * (config.window + 1), "words")  # cut before windowing: none straddles a cut
     vocabulary = fit_vocabulary(words[parts[0]], config.vocab_size)
     if len(vocabulary) < 3:
@@ -1188,7 +1177,7 @@ def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU)
     facts |= {"test windows that also occur in training": np.mean([tuple(w) in seen for w in test.inputs.tolist()])}
     subsets, ceiling = {}, []
     targets = slice(parts[2].start + config.window, None, test.stride)  # the words that the test windows ask for
-    if text:
+    if not config.file:
         roles, distances = map(np.array, zip(*text.cues[targets]))
         for role, distance in sorted({*text.cues[targets]} - {("", 0)}):
             subsets[f"{role} {distance} words after its subject"] = (roles == role) & (distances == distance)
