@@ -42,7 +42,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -77,18 +77,14 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message says what was found and what would be right."""
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError with `message` unless `condition` holds."""
+def require(condition: object, message: str) -> None:
+    """Raise InputError with `message` unless `condition` holds."""
     if not condition:
-        raise ValueError(message)
+        raise InputError(message)
 
 
-class LearningRates(NamedTuple):
-    """Adam's rate at the start, each model's own: what `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` chose."""
-
-    RNN: float
-    LSTM: float
-    GRU: float
+# Adam's rate at the start, each model's own: what `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` chose
+LearningRates = namedtuple("LearningRates", "RNN LSTM GRU")
 
 
 @dataclass(frozen=True)
@@ -106,9 +102,9 @@ class Training:
     clip_norm: float = 1.0  # larger gradients are scaled down to this norm
 
     def __post_init__(self) -> None:
-        least = f"with lr_patience {self.lr_patience} it must be above {self.lr_patience + 1}"
-        early = f"patience is {self.patience}; {least}, or training ends before the learning rate has fallen"
-        require(self.patience > self.lr_patience + 1, early)
+        least = self.lr_patience + 1
+        early = f"patience is {self.patience}; with lr_patience {self.lr_patience} it must be above {least}"
+        require(self.patience > least, f"{early}, or training ends before the learning rate has fallen")
 
 
 @dataclass(frozen=True)
@@ -223,8 +219,7 @@ class SequenceDataset(Dataset):
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
+        return tuple(part[0] for part in self.__getitems__([index]))
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A batch by one indexing operation, cut to the longest of its examples; torch's DataLoader calls this."""
@@ -313,8 +308,7 @@ def tokenize(text: str, pattern: re.Pattern) -> list[str]:
 
 def three_parts(n: int, least: int, what: str) -> tuple[slice, slice, slice]:
     """Contiguous, disjoint train / validation / test slices that cover n items; raises InputError below `least`."""
-    if n < least:
-        raise InputError(f"{n:,} {what}; three splits need {least:,} or more")
+    require(n >= least, f"{n:,} {what}; three splits need {least:,} or more")
     first, second = int(n * TRAIN_SHARE), int(n * (TRAIN_SHARE + VALIDATION_SHARE))
     return slice(0, first), slice(first, second), slice(second, n)
 
@@ -330,8 +324,7 @@ POSITIVE = """good great moving brilliant charming funny clever gripping tender 
 NEGATIVE = "bad dull wooden clumsy boring awful shallow lazy tedious bland noisy stale cheap silly weak cold".split()
 ASPECTS = """plot acting script music camera pacing ending dialogue cast score editing humour story drama lighting
     costume""".split()
-AFFIRMATIONS = "was is felt seemed looked stayed".split()
-NEGATIONS = "wasn't isn't never hardly".split()
+AFFIRMATIONS, NEGATIONS = "was is felt seemed looked stayed".split(), "wasn't isn't never hardly".split()
 CONJUNCTIONS = "while as when because and then but until where after".split()
 VERBS = """waits returns sings leaves dreams runs hides wins falls listens smiles drives fights dances writes
     travels""".split()
@@ -428,8 +421,7 @@ AREAS = {  # area: subjects / verbs / objects
     "court": "judge lawyer clerk bailiff juror / signs reads disputes settles / case law letter claim verdict",
     "school": "teacher pupil tutor librarian scholar / explains recites marks learns / lesson poem map essay riddle",
 }
-PREPOSITIONS = "near behind beside with without".split()
-ADVERBS = "often rarely always quietly gladly".split()
+PREPOSITIONS, ADVERBS = "near behind beside with without".split(), "often rarely always quietly gladly".split()
 TAILS = "today again twice alone outside".split()
 VERB_SHARES = (0.3, 0.4, 1.0)  # probability that the verb comes next, after 0, 1 and 2 phrases
 
@@ -528,8 +520,8 @@ def best_forecasts(windows: np.ndarray, config: ForecasterConfig) -> np.ndarray:
         belief /= belief.sum(axis=(1, 2), keepdims=True)
         others = belief.sum(axis=1, keepdims=True) - belief
         belief = (1 - config.switch_rate) * belief + config.switch_rate * others / (k - 1)  # the period may switch
-        moved = [np.roll(belief[:, i], positions // period, axis=1) for i, period in enumerate(config.periods)]
-        belief = np.stack(moved, axis=1)
+        for i, period in enumerate(config.periods):
+            belief[:, i] = np.roll(belief[:, i], positions // period, axis=1)
     return belief.sum(axis=1) @ wave
 
 
@@ -555,8 +547,7 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: not UTF-8 (byte {error.start:,} of its text); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty")
+    require(text.strip(), f"{path}: the file is empty")
     return text
 
 
@@ -564,23 +555,14 @@ def read_source(source: str) -> str:
     """The input of --predict: standard input for "-", the text of a file, or else the words themselves; InputError."""
     if source == "-":
         return sys.stdin.buffer.read().decode(errors="replace")
-    if os.path.exists(source):  # noqa: PTH110 (Path's raises if a text is too long for a name)
-        return read_text(source)
-    if re.search(r"(?i)\.(txt|[ct]sv|xlsx?|gz)$", source):
-        raise InputError(f"{source}: no such file")
-    return source
-
-
-def warn(doubts: Iterable[str]) -> None:
-    """Say, a line each, what the user should know before relying on the numbers."""
-    for doubt in doubts:
-        print(f"note: {doubt}", file=sys.stderr)
+    is_file = os.path.exists(source)  # noqa: PTH110 (Path's raises if a text is too long for a name)
+    return read_text(source) if is_file or re.search(r"(?i)\.(txt|[ct]sv|xlsx?|gz)$", source) else source
 
 
 def user_file(path: str, columns: Sequence[str] = ()) -> UserFile:
     """The file as a configuration names it, with the columns that the user named; raises InputError."""
-    if Path(path).exists() and not Path(path).is_file():  # a pipe could not be read again by every run
-        raise InputError(f"{path!r}: not a regular file; a run needs one that can be read again")
+    special = Path(path).exists() and not Path(path).is_file()  # a pipe could not be read again by every run
+    require(not special, f"{path!r}: not a regular file; a run needs one that can be read again")
     return UserFile(path, hashlib.sha256(read_text(path).encode()).hexdigest(), tuple(columns))
 
 
@@ -611,10 +593,9 @@ def read_table(text: str) -> tuple[pd.DataFrame, str]:
 def find_column(header: Sequence[str], named: str, usual: Sequence[str], option: str) -> int:
     """The place of the column that the user named, or else of the one with a usual name; raises InputError."""
     found = [i for i, name in enumerate(header) if (name == named if named else name.lower() in usual)]
-    if len(found) != 1:
-        none = f"there is no column {(named or usual[0])!r}; its columns are {some(header)}"
-        many = f"{len(found)} columns, {some(header[i] for i in found)}, may be meant"
-        raise InputError(f"{many if found else none}; name one with --{option}-column")
+    none = f"there is no column {named or usual[0]!r}; its columns are {some(header)}"
+    many = f"{len(found)} columns, {some(header[i] for i in found)}, may be meant"
+    require(len(found) == 1, f"{many if found else none}; name one with --{option}-column")
     return found[0]
 
 
@@ -636,9 +617,8 @@ def read_reviews(text: str, text_column: str = "", label_column: str = "") -> Re
     elif labels.str.lower().nunique() < labels.nunique():  # Positive is positive
         labels = labels.str.lower()
     names = sorted(set(labels), key=float if numbers.notna().all() else str)
-    if not 2 <= len(names) <= 20:
-        found = f"{len(names)} different values ({some(map(repr, names))})"
-        raise InputError(f"the column {header[place]!r} holds {found}; two to 20 labels are needed")
+    found = f"the column {header[place]!r} holds {len(names)} different values ({some(map(repr, names))})"
+    require(2 <= len(names) <= 20, f"{found}; two to 20 labels are needed")
     return Reviews(texts.tolist(), labels.map(names.index).to_numpy(dtype=int), names)
 
 
@@ -655,15 +635,13 @@ def read_series(text: str, column: str = "") -> tuple[np.ndarray, list[str]]:
     words = numbers.iloc[0].isna()
     named = words.all() or (words.any() and (not first[0] or column in filter(None, first)))
     header = first if named else [str(i) for i in range(1, len(first) + 1)]
-    table, numbers = (frame.iloc[int(named) :].set_axis(range(len(header)), axis=1) for frame in (table, numbers))
-    numeric = [i for i, share in enumerate(numbers.notna().mean()) if share > 0.5]
-    if not column and len(numeric) != 1:
-        found = f"{len(numeric)} numeric columns" if numeric else "no numeric column"
-        raise InputError(f"{found} among {some(header)} (separated by {separator}); name one with --series-column")
-    place, doubts = find_column(header, column, (), "series") if column else numeric[0], []
-    if table.empty:
-        raise InputError("no row below the header")
-    values, cells = numbers[place], table[place]
+    table, numbers = table.iloc[int(named) :], numbers.iloc[int(named) :]
+    numeric = numbers.columns[numbers.notna().mean() > 0.5]
+    found = f"{len(numeric) or 'no'} numeric column{'s' * (len(numeric) > 1)} among {some(header)}"
+    require(column or len(numeric) == 1, f"{found} (separated by {separator}); name one with --series-column")
+    place = find_column(header, column, (), "series") if column else numeric[0]
+    require(len(table), "no row below the header")
+    doubts, values, cells = [], numbers[place], table[place]
     commas = cells[cells.str.contains(",")]
     if separator != "commas" and len(commas) and commas.str.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}").all():
         doubts.append(f"{commas.iloc[0]!r} is read with a decimal comma; if it marks thousands, take it out")
@@ -687,7 +665,6 @@ def read_series(text: str, column: str = "") -> tuple[np.ndarray, list[str]]:
 # ======================================================================================
 # Baselines
 # ======================================================================================
-
 
 MAJORITY = "majority class"
 
@@ -1013,7 +990,7 @@ class Forecaster(SequenceModel):
         if read.min() < low - (high - low) / 2 or read.max() > high + (high - low) / 2:
             beyond = f"the last values lie between {read.min():g} and {read.max():g}"
             doubts.append(f"{beyond}, far from those of training ({low:g} to {high:g}): is it a series of that kind?")
-        warn(doubts)
+        sys.stderr.writelines(f"note: {doubt}\n" for doubt in doubts)
         forecasts = enumerate(self.predict(values, options.length), start=1)
         return "\n".join(["step,value", *(f"{step},{value}" for step, value in forecasts)])
 
@@ -2828,7 +2805,7 @@ def report(config: Config, output_dir: Path) -> Results:
     if not trained:
         where = f"no records in {output_dir / 'runs'} of trained models with the configuration asked for; train first"
         raise InputError(where + f" (the folder holds runs of: {'; '.join(sorted(others))})" * bool(others))
-    warn(f"the folder also holds runs of: {each}" for each in sorted(others))
+    sys.stderr.writelines(f"note: the folder also holds runs of: {each}\n" for each in sorted(others))
     results, runs = results_table(records), runs_table(trained)
     models, verdicts = runs.drop_duplicates(["task", "model"], ignore_index=True), compare(results)
     summary = summarise(results[results["subset"] == ALL])
