@@ -204,11 +204,6 @@ def random_generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, *purpose.encode()])
 
 
-def torch_seed(seed: int, purpose: str) -> int:
-    """A seed for torch's generators that depends on (seed, purpose) and on nothing else."""
-    return int(random_generator(seed, purpose).integers(2**63))
-
-
 class SequenceDataset(Dataset):
     """Inputs and targets as tensors on one device; `lengths` (N,): how many leading time steps of each hold data."""
 
@@ -291,8 +286,7 @@ class LengthBuckets(Sampler):
 def fit_vocabulary(words: Iterable[str], size: int) -> dict[str, int]:
     """The id of each word: 0 padding, 1 any unknown word, then the training split's by frequency, then alphabet."""
     counts = Counter(words)
-    counts.pop(UNK, None)  # some corpora come with it
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    ranked = sorted(counts.keys() - {UNK}, key=lambda word: (-counts[word], word))  # some corpora come with <unk>
     return {word: i for i, word in enumerate([PAD, UNK, *ranked[: size - 2]])}
 
 
@@ -359,16 +353,15 @@ def generate_reviews(config: ClassifierConfig, rng: np.random.Generator) -> Revi
     """Synthetic reviews in which the evidence is scattered over the whole text and has to be added up.
 
     A review is a sequence of three-word phrases and a closing verdict; a third are short, the others long. An
-    `opinion_rate` of the phrases are opinions ("plot was moving"); the rest tell of characters ("while nobody
-    waits"), a `name_rate` of them by one of 300,000 Zipf-distributed surnames. Each opinion agrees with the label
-    with a probability drawn per review from `clarity`, and a `negation_rate` of them is put as the negation of the
-    opposite ("plot wasn't dull"). The closing verdict ("in all a triumph") agrees with the label
-    `verdict_reliability` of the time.
+    `opinion_rate` of the phrases are opinions ("plot was moving"), a `negation_rate` of them put as the negation of the
+    opposite ("plot wasn't dull"); the rest tell of characters ("while nobody waits"), a `name_rate` of them by one of
+    300,000 Zipf-distributed surnames. Each opinion agrees with the label with a probability drawn per review from
+    `clarity`; the closing verdict ("in all a triumph") agrees with it `verdict_reliability` of the time.
 
-    Why the models differ: the verdict stands at the end, and reading it takes no memory. The opinions are worth
-    more, but have to be told from the asides and added up over as many as 195 words: gated cells can keep a
-    sum while they pass over what does not matter (Hochreiter & Schmidhuber 1997); a vanilla RNN rewrites its
-    whole state at every word. Negation is invisible to a bag of words.
+    Why the models differ: the verdict stands at the end, and reading it takes no memory. The opinions are worth more,
+    but have to be told from the asides and added up over as many as 195 words: gated cells can keep a sum while they
+    pass over what does not matter (Hochreiter & Schmidhuber 1997); a vanilla RNN rewrites its whole state at every
+    word. Negation is invisible to a bag of words.
     """
     n_reviews, (least, most) = config.n_reviews, config.phrases
     labels = rng.permutation(np.arange(n_reviews) % 2)
@@ -386,9 +379,8 @@ def generate_reviews(config: ClassifierConfig, rng: np.random.Generator) -> Revi
     opinions = rng.choice(ASPECTS, n).astype(object) + " " + verbs + " " + adjectives
     # an aside for each phrase, which says nothing about the film's worth
     named, shape = rng.random(n) < config.name_rate, (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS))
-    size = math.prod(shape)
-    fame = (size ** rng.random(n)).astype(int) - 1  # a log-uniform rank is Zipf-distributed
-    parts = np.unravel_index(fame * 7919 % size, shape)  # a prime: neighbours in fame do not look alike
+    fame = (math.prod(shape) ** rng.random(n)).astype(int) - 1  # a log-uniform rank is Zipf-distributed
+    parts = np.unravel_index(fame * 7919 % math.prod(shape), shape)  # a prime: neighbours in fame do not look alike
     surnames = [NAME_HEADS[i] + NAME_MIDDLES[j] + NAME_TAILS[k] for k, j, i in zip(*parts)]
     who = np.where(named, surnames, rng.choice(CHARACTERS, n))
     asides = rng.choice(CONJUNCTIONS, n).astype(object) + " " + who + " " + rng.choice(VERBS, n)
@@ -428,7 +420,7 @@ VERB_SHARES = (0.3, 0.4, 1.0)  # probability that the verb comes next, after 0, 
 
 def even(words: Collection[str], share: float = 1.0) -> dict[str, float]:
     """`share` spread evenly over `words`."""
-    return {word: share / len(words) for word in words}
+    return dict.fromkeys(words, share / len(words))
 
 
 def peaked(words: Sequence[str], favourite: int, rate: float, share: float = 1.0) -> dict[str, float]:
@@ -440,13 +432,11 @@ def peaked(words: Sequence[str], favourite: int, rate: float, share: float = 1.0
 def generate_corpus(config: PredictorConfig, rng: np.random.Generator) -> pd.DataFrame:
     """Sentences of a small grammar in which verb and object depend on a subject some words back.
 
-    "the bakers behind the singer often burn the bread outside ." Subjects belong to six areas. The verb is
-    one of its subject's area, agrees with it in number, and is the subject's favourite `favourite_rate` of
-    the time; the object likewise. Between subject and verb stand up to two phrases, each with a noun of
-    another area, so that verbs come up to seven and objects up to nine words after their cue.
-
-    Why the models differ: whoever keeps the subject across the intruding nouns predicts verb and object;
-    whoever goes by the last few words, as n-grams must, takes the intruder for the subject.
+    "the bakers behind the singer often burn the bread outside ." Subjects belong to six areas. The verb is one of its
+    subject's area, agrees with it in number, and is the subject's favourite `favourite_rate` of the time; the object
+    likewise. Between subject and verb stand up to two phrases, each with a noun of another area, so that verbs come up
+    to seven and objects up to nine words after their cue. Whoever keeps the subject across the intruding nouns predicts
+    verb and object; whoever goes by the last few words, as n-grams must, takes the intruder for the subject.
 
     A row per word: `words`, `hits` (the likeliest word, given the full state, is the one drawn), `entropy` (nats, given
     the full state) and `cues`: ("verb" or "object", words back to its subject), or ("", 0).
@@ -1465,7 +1455,7 @@ def fit(
     `gradient_norm` (mean, before clipping), `seconds`, and under `train` and `validation` the loss and the task's
     metrics; those of training are running means, with dropout on. Raises TrainingDiverged when a loss is not finite.
     """
-    torch.manual_seed(torch_seed(seed, "dropout"))
+    torch.manual_seed(random_generator(seed, "dropout").integers(2**63))
     optimizer = new_optimizer(model, training)
     plateau = optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=training.lr_factor, patience=training.lr_patience)
     batches = LengthBuckets(data.train.lengths, training.batch_size, random_generator(seed, "batches"))
@@ -1685,7 +1675,7 @@ def build_model(task: Task, name: str, config: TaskConfig, data: TaskData, seed:
 
         target, candidates = size(nn.LSTM, config.hidden_dim), range(1, 3 * config.hidden_dim)
         arguments["hidden_dim"] = min(candidates, key=lambda h: abs(size(model_class.layer, h) - target))
-    torch.manual_seed(torch_seed(seed, "weights"))
+    torch.manual_seed(random_generator(seed, "weights").integers(2**63))
     return model_class(**arguments), arguments
 
 
