@@ -70,8 +70,6 @@ from tqdm.auto import tqdm
 # Configuration
 # ======================================================================================
 
-DEFAULT_SEEDS = (42, 43, 44)
-
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what was found and what would be right."""
@@ -185,6 +183,7 @@ QUICK: Config = {
     "predictor": PredictorConfig(n_words=1500, training=Training(epochs=2)),
     "forecaster": ForecasterConfig(n_steps=1100, hidden_dim=16, training=Training(epochs=2)),
 }
+DEFAULT_SEEDS = (42, 43, 44)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of --tune: the middle four are its grid, the ends are tried on demand
 
 # ======================================================================================
@@ -563,10 +562,7 @@ def some(values: Iterable) -> str:
 
 
 def read_table(text: str) -> tuple[pd.DataFrame, str]:
-    """The cells of a CSV text as strings, its header among them, and how it names its separator; raises InputError.
-
-    Row i of the file has the label i.
-    """
+    """A CSV text's cells as strings, the header among them, by row of the file; its separator in words; InputError."""
     blank = text[: len(text) - len(text.lstrip("\r\n"))].count("\n")  # lines before the first
     text = re.sub(r"(\r?\n[,;\t ]*)+\Z", "", text.lstrip("\r\n"))  # spreadsheets add rows of nothing
     names = {";": "semicolons", "\t": "tabs", ",": "commas"}  # of a tie the first: a comma may belong to a number
@@ -695,23 +691,21 @@ class NGram:
     """
 
     def __init__(self, ids: Sequence[int], order: int, vocab_size: int, contexts: Iterable[tuple]):
-        self.vocab_size, self.likeliest = vocab_size, cache(self.find_likeliest)
+        self.vocab_size, self.likeliest = vocab_size, {}
         self.followers = {context[i:]: Counter() for context in contexts for i in range(len(context) + 1)}
         for n in range(order):
             for *context, word in zip(*(ids[i:] for i in range(n + 1))):
                 if tuple(context) in self.followers:
                     self.followers[tuple(context)][word] += 1
+        for context in sorted(self.followers, key=len):  # seen after it, or the likeliest of a shorter one
+            words = {*self.followers[context], *([self.likeliest[context[1:]]] if context else [])} - {1}  # no <unk>
+            self.likeliest[context] = max(words, key=lambda word: (self.probability(context, word), -word))
 
     def probability(self, context: tuple, word: int) -> float:
         """P(word | context), which mixes every order down to the uniform distribution."""
         lower = self.probability(context[1:], word) if context else 1 / self.vocab_size
         counts = self.followers[context]
         return (counts[word] + len(counts) * lower) / (counts.total() + len(counts)) if counts else lower
-
-    def find_likeliest(self, context: tuple) -> int:
-        """The known word of highest probability: one seen after the context, or the likeliest of a shorter one."""
-        words = {*self.followers[context], *([self.likeliest(context[1:])] if context else [])}
-        return max(words - {1}, key=lambda word: (self.probability(context, word), -word))  # <unk> is no prediction
 
 
 def corpus_baselines(train: Sequence[int], test: CorpusDataset, vocab_size: int) -> list[Reference]:
@@ -721,7 +715,7 @@ def corpus_baselines(train: Sequence[int], test: CorpusDataset, vocab_size: int)
     for n, name in enumerate(("unigram", "bigram", "trigram")):
         asked = [(window[len(window) - n :], word) for window, word in zip(windows, words)]
         loss = np.array([-math.log(model.probability(*each)) for each in asked])
-        hits = np.array([float(model.likeliest(context) == word) for context, word in asked])
+        hits = np.array([float(model.likeliest[context] == word) for context, word in asked])
         found.append(Reference(name, "baseline", loss, hits))
     return found
 
