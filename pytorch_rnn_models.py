@@ -42,8 +42,8 @@ import threading
 import time
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque, namedtuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
@@ -70,25 +70,19 @@ from tqdm.auto import tqdm
 # Configuration
 # ======================================================================================
 
-DEFAULT_SEEDS = (42, 43, 44)
-
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what was found and what would be right."""
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError with `message` unless `condition` holds."""
+def require(condition: object, message: str) -> None:
+    """Raise InputError with `message` unless `condition` holds."""
     if not condition:
-        raise ValueError(message)
+        raise InputError(message)
 
 
-class LearningRates(NamedTuple):
-    """Adam's rate at the start, each model's own: what `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` chose."""
-
-    RNN: float
-    LSTM: float
-    GRU: float
+# Adam's rate at the start, each model's own: what `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` chose
+LearningRates = namedtuple("LearningRates", "RNN LSTM GRU")
 
 
 @dataclass(frozen=True)
@@ -106,9 +100,9 @@ class Training:
     clip_norm: float = 1.0  # larger gradients are scaled down to this norm
 
     def __post_init__(self) -> None:
-        least = f"with lr_patience {self.lr_patience} it must be above {self.lr_patience + 1}"
-        early = f"patience is {self.patience}; {least}, or training ends before the learning rate has fallen"
-        require(self.patience > self.lr_patience + 1, early)
+        least = self.lr_patience + 1
+        early = f"patience is {self.patience}; with lr_patience {self.lr_patience} it must be above {least}"
+        require(self.patience > least, f"{early}, or training ends before the learning rate has fallen")
 
 
 @dataclass(frozen=True)
@@ -189,6 +183,7 @@ QUICK: Config = {
     "predictor": PredictorConfig(n_words=1500, training=Training(epochs=2)),
     "forecaster": ForecasterConfig(n_steps=1100, hidden_dim=16, training=Training(epochs=2)),
 }
+DEFAULT_SEEDS = (42, 43, 44)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of --tune: the middle four are its grid, the ends are tried on demand
 
 # ======================================================================================
@@ -208,11 +203,6 @@ def random_generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, *purpose.encode()])
 
 
-def torch_seed(seed: int, purpose: str) -> int:
-    """A seed for torch's generators that depends on (seed, purpose) and on nothing else."""
-    return int(random_generator(seed, purpose).integers(2**63))
-
-
 class SequenceDataset(Dataset):
     """Inputs and targets as tensors on one device; `lengths` (N,): how many leading time steps of each hold data."""
 
@@ -223,8 +213,7 @@ class SequenceDataset(Dataset):
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
+        return tuple(part[0] for part in self.__getitems__([index]))
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A batch by one indexing operation, cut to the longest of its examples; torch's DataLoader calls this."""
@@ -296,8 +285,7 @@ class LengthBuckets(Sampler):
 def fit_vocabulary(words: Iterable[str], size: int) -> dict[str, int]:
     """The id of each word: 0 padding, 1 any unknown word, then the training split's by frequency, then alphabet."""
     counts = Counter(words)
-    counts.pop(UNK, None)  # some corpora come with it
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    ranked = sorted(counts.keys() - {UNK}, key=lambda word: (-counts[word], word))  # some corpora come with <unk>
     return {word: i for i, word in enumerate([PAD, UNK, *ranked[: size - 2]])}
 
 
@@ -313,8 +301,7 @@ def tokenize(text: str, pattern: re.Pattern) -> list[str]:
 
 def three_parts(n: int, least: int, what: str) -> tuple[slice, slice, slice]:
     """Contiguous, disjoint train / validation / test slices that cover n items; raises InputError below `least`."""
-    if n < least:
-        raise InputError(f"{n:,} {what}; three splits need {least:,} or more")
+    require(n >= least, f"{n:,} {what}; three splits need {least:,} or more")
     first, second = int(n * TRAIN_SHARE), int(n * (TRAIN_SHARE + VALIDATION_SHARE))
     return slice(0, first), slice(first, second), slice(second, n)
 
@@ -330,8 +317,7 @@ POSITIVE = """good great moving brilliant charming funny clever gripping tender 
 NEGATIVE = "bad dull wooden clumsy boring awful shallow lazy tedious bland noisy stale cheap silly weak cold".split()
 ASPECTS = """plot acting script music camera pacing ending dialogue cast score editing humour story drama lighting
     costume""".split()
-AFFIRMATIONS = "was is felt seemed looked stayed".split()
-NEGATIONS = "wasn't isn't never hardly".split()
+AFFIRMATIONS, NEGATIONS = "was is felt seemed looked stayed".split(), "wasn't isn't never hardly".split()
 CONJUNCTIONS = "while as when because and then but until where after".split()
 VERBS = """waits returns sings leaves dreams runs hides wins falls listens smiles drives fights dances writes
     travels""".split()
@@ -342,7 +328,7 @@ NAME_HEADS = """ald alder ash barn beck birch black bright brook buck burn carl 
     eld elm fair farn fern fox glen gold grey hal ham hart hawk hazel heath high holly hunt iron kel king kirk lang lark
     lind lock long mal marsh mead mill moor nether new north oak old oxen pem pine quill rad raven red ridge rock rose
     rush sand sel shaw silver south stan stone storm sun swan thorn tun ul wake wal west white wil wind winter wolf wood
-    wyn yar york""".split()
+    wyn yar york""".title().split()
 NAME_MIDDLES = """a al an ar bel ber col den der el en er et ey for hal hel ing ken ker lan lea len ley lin man mar mel
     mer ner o ol on or ra ren ri ros ter ton""".split()
 NAME_TAILS = """acre bank beck berg bourne bridge brook burn bury by church cliff combe cote crest croft dale dean den
@@ -366,16 +352,15 @@ def generate_reviews(config: ClassifierConfig, rng: np.random.Generator) -> Revi
     """Synthetic reviews in which the evidence is scattered over the whole text and has to be added up.
 
     A review is a sequence of three-word phrases and a closing verdict; a third are short, the others long. An
-    `opinion_rate` of the phrases are opinions ("plot was moving"); the rest tell of characters ("while nobody
-    waits"), a `name_rate` of them by one of 300,000 Zipf-distributed surnames. Each opinion agrees with the label
-    with a probability drawn per review from `clarity`, and a `negation_rate` of them is put as the negation of the
-    opposite ("plot wasn't dull"). The closing verdict ("in all a triumph") agrees with the label
-    `verdict_reliability` of the time.
+    `opinion_rate` of the phrases are opinions ("plot was moving"), a `negation_rate` of them put as the negation of the
+    opposite ("plot wasn't dull"); the rest tell of characters ("while nobody waits"), a `name_rate` of them by one of
+    300,000 Zipf-distributed surnames. Each opinion agrees with the label with a probability drawn per review from
+    `clarity`; the closing verdict ("in all a triumph") agrees with it `verdict_reliability` of the time.
 
-    Why the models differ: the verdict stands at the end, and reading it takes no memory. The opinions are worth
-    more, but have to be told from the asides and added up over as many as 195 words: gated cells can keep a
-    sum while they pass over what does not matter (Hochreiter & Schmidhuber 1997); a vanilla RNN rewrites its
-    whole state at every word. Negation is invisible to a bag of words.
+    Why the models differ: the verdict stands at the end, and reading it takes no memory. The opinions are worth more,
+    but have to be told from the asides and added up over as many as 195 words: gated cells can keep a sum while they
+    pass over what does not matter (Hochreiter & Schmidhuber 1997); a vanilla RNN rewrites its whole state at every
+    word. Negation is invisible to a bag of words.
     """
     n_reviews, (least, most) = config.n_reviews, config.phrases
     labels = rng.permutation(np.arange(n_reviews) % 2)
@@ -390,24 +375,21 @@ def generate_reviews(config: ClassifierConfig, rng: np.random.Generator) -> Revi
     negated = rng.random(n) < config.negation_rate
     adjectives = np.where(favourable != negated, rng.choice(POSITIVE, n), rng.choice(NEGATIVE, n))
     verbs = np.where(negated, rng.choice(NEGATIONS, n), rng.choice(AFFIRMATIONS, n))
-    opinions = np.stack([rng.choice(ASPECTS, n), verbs, adjectives], axis=1)
+    opinions = rng.choice(ASPECTS, n).astype(object) + " " + verbs + " " + adjectives
     # an aside for each phrase, which says nothing about the film's worth
     named, shape = rng.random(n) < config.name_rate, (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS))
-    size = math.prod(shape)
-    fame = (size ** rng.random(n)).astype(int) - 1  # a log-uniform rank is Zipf-distributed
-    parts = np.unravel_index(fame * 7919 % size, shape)  # a prime: neighbours in fame do not look alike
-    surnames = [(NAME_HEADS[i] + NAME_MIDDLES[j] + NAME_TAILS[k]).title() for k, j, i in zip(*parts)]
+    fame = (math.prod(shape) ** rng.random(n)).astype(int) - 1  # a log-uniform rank is Zipf-distributed
+    parts = np.unravel_index(fame * 7919 % math.prod(shape), shape)  # a prime: neighbours in fame do not look alike
+    surnames = [NAME_HEADS[i] + NAME_MIDDLES[j] + NAME_TAILS[k] for k, j, i in zip(*parts)]
     who = np.where(named, surnames, rng.choice(CHARACTERS, n))
-    asides = np.stack([rng.choice(CONJUNCTIONS, n), who, rng.choice(VERBS, n)], axis=1)
-    phrases = np.where(is_opinion[:, None], opinions, asides)  # (n, 3)
+    asides = rng.choice(CONJUNCTIONS, n).astype(object) + " " + who + " " + rng.choice(VERBS, n)
+    # each review's phrases and its verdict, in sentences of a few phrases: the tokenizer takes their ends out again
     praised = (rng.random(n_reviews) < config.verdict_reliability) == (labels == 1)
-    verdicts = np.where(praised, rng.choice(TRIUMPHS, n_reviews), rng.choice(FAILURES, n_reviews))
-    bodies = np.split([" ".join(phrase) for phrase in phrases.tolist()], np.cumsum(n_phrases)[:-1])
-    texts = []
-    for body, verdict in zip(bodies, verdicts):  # sentences of a few phrases; the tokenizer takes their ends out again
-        marks = [*np.where(rng.random(len(body) + 1) < 0.4, ". ", ", ")[:-1], "."]
-        text = "".join(phrase + mark for phrase, mark in zip([*body, f"in all a {verdict}"], marks))
-        texts.append(". ".join(sentence[0].upper() + sentence[1:] for sentence in text.split(". ")))
+    verdicts = np.where(praised, rng.choice(TRIUMPHS, n_reviews), rng.choice(FAILURES, n_reviews)).astype(object)
+    phrases = np.insert(np.where(is_opinion, opinions, asides), n_phrases.cumsum(), "in all a " + verdicts)
+    marks = np.where(rng.random(len(phrases)) < 0.4, ". ", ", ")
+    marks[(n_phrases + 1).cumsum() - 1] = ".\n"
+    texts = re.sub(r"(?m)(^|\. )\w", lambda start: start[0].upper(), "".join(phrases + marks)).splitlines()
     # Bayes' rule for a reader who gets every opinion right: favourable opinions and the verdict are all that depends
     # on the label, so no classifier can be right more often, on average, than the sign of these log odds
     for_it = np.bincount(owner[is_opinion & favourable], minlength=n_reviews)[:, None]
@@ -430,36 +412,14 @@ AREAS = {  # area: subjects / verbs / objects
     "court": "judge lawyer clerk bailiff juror / signs reads disputes settles / case law letter claim verdict",
     "school": "teacher pupil tutor librarian scholar / explains recites marks learns / lesson poem map essay riddle",
 }
-PREPOSITIONS = "near behind beside with without".split()
-ADVERBS = "often rarely always quietly gladly".split()
+PREPOSITIONS, ADVERBS = "near behind beside with without".split(), "often rarely always quietly gladly".split()
 TAILS = "today again twice alone outside".split()
 VERB_SHARES = (0.3, 0.4, 1.0)  # probability that the verb comes next, after 0, 1 and 2 phrases
 
 
-@dataclass
-class Transcript:
-    """A text as it is generated, and what its generator knew at each word."""
-
-    rng: np.random.Generator
-    words: list[str] = field(default_factory=list)
-    hits: list[bool] = field(default_factory=list)  # whether the likeliest word, given the full state, is the one drawn
-    entropy: list[float] = field(default_factory=list)  # nats, given the full state
-    cues: list[tuple[str, int]] = field(default_factory=list)  # (verb or object, words back to its subject), or ("", 0)
-
-    def draw(self, options: Mapping[str, float]) -> str:
-        """Draw the next word from `options`, a probability per word, and keep how predictable it was."""
-        words = [word for word, probability in options.items() if probability]
-        probabilities = np.array([options[word] for word in words])
-        self.words.append(words[self.rng.choice(len(words), p=probabilities)])
-        self.hits.append(self.words[-1] == words[probabilities.argmax()])
-        self.entropy.append(-(probabilities * np.log(probabilities)).sum())
-        self.cues.append(("", 0))
-        return self.words[-1]
-
-
-def even(words: Sequence[str], share: float = 1.0) -> dict[str, float]:
+def even(words: Collection[str], share: float = 1.0) -> dict[str, float]:
     """`share` spread evenly over `words`."""
-    return {word: share / len(words) for word in words}
+    return dict.fromkeys(words, share / len(words))
 
 
 def peaked(words: Sequence[str], favourite: int, rate: float, share: float = 1.0) -> dict[str, float]:
@@ -468,45 +428,55 @@ def peaked(words: Sequence[str], favourite: int, rate: float, share: float = 1.0
     return {words[favourite]: share * rate} | others
 
 
-def generate_corpus(config: PredictorConfig, rng: np.random.Generator) -> Transcript:
+def generate_corpus(config: PredictorConfig, rng: np.random.Generator) -> pd.DataFrame:
     """Sentences of a small grammar in which verb and object depend on a subject some words back.
 
-    "the bakers behind the singer often burn the bread outside ." Subjects belong to six areas. The verb is
-    one of its subject's area, agrees with it in number, and is the subject's favourite `favourite_rate` of
-    the time; the object likewise. Between subject and verb stand up to two phrases, each with a noun of
-    another area, so that verbs come up to seven and objects up to nine words after their cue.
+    "the bakers behind the singer often burn the bread outside ." Subjects belong to six areas. The verb is one of its
+    subject's area, agrees with it in number, and is the subject's favourite `favourite_rate` of the time; the object
+    likewise. Between subject and verb stand up to two phrases, each with a noun of another area, so that verbs come up
+    to seven and objects up to nine words after their cue. Whoever keeps the subject across the intruding nouns predicts
+    verb and object; whoever goes by the last few words, as n-grams must, takes the intruder for the subject.
 
-    Why the models differ: whoever keeps the subject across the intruding nouns predicts verb and object;
-    whoever goes by the last few words, as n-grams must, takes the intruder for the subject.
+    A row per word: `words`, `hits` (the likeliest word, given the full state, is the one drawn), `entropy` (nats, given
+    the full state), and of an object, or of a verb where no phrase could have come instead, `role` and `distance`, the
+    words back to its subject.
     """
-    text, subjects, verbs, objects = Transcript(rng), {}, {}, {}
+    rows, subjects = [], {}
     for area, words in AREAS.items():  # nouns and verbs in singular and plural
-        nouns, stems, objects[area] = (part.split() for part in words.split("/"))
-        for number, noun_end, verb_end in (("singular", "", "s"), ("plural", "s", "")):
-            verbs[area, number] = [stem.removesuffix("s") + verb_end for stem in stems]
-            subjects |= {noun + noun_end: (area, number, i) for i, noun in enumerate(nouns)}
-    while len(text.words) < config.n_words:
-        text.draw({"the": 1.0})
-        area, number, rank = subjects[text.draw(even(list(subjects)))]
-        subject, own_verbs = len(text.words) - 1, verbs[area, number]
-        intruders = even([noun for noun, (other, _, _) in subjects.items() if other != area])
-        word, phrases = "", 0
-        while word not in own_verbs:  # up to two phrases or one adverb before it come between subject and verb
+        nouns, verbs, objects = (part.split() for part in words.split("/"))
+        for ending, own in (("", verbs), ("s", [verb.removesuffix("s") for verb in verbs])):
+            subjects |= {noun + ending: (area, own, objects, i) for i, noun in enumerate(nouns)}
+
+    def draw(options: Mapping[str, float]) -> str:
+        options = {word: probability for word, probability in options.items() if probability}
+        words, probabilities = list(options), np.array([*options.values()])
+        word, entropy = words[rng.choice(len(words), p=probabilities)], -(probabilities * np.log(probabilities)).sum()
+        hit = word == words[probabilities.argmax()]
+        rows.append({"words": word, "hits": hit, "entropy": entropy, "role": "", "distance": 0})
+        return word
+
+    while len(rows) < config.n_words:
+        draw({"the": 1.0})
+        area, verbs, objects, rank = subjects[draw(even(subjects))]
+        subject, word, phrases = len(rows) - 1, "", 0
+        intruders = even([noun for noun, (other, *_) in subjects.items() if other != area])
+        while word not in verbs:  # up to two phrases or one adverb before it come between subject and verb
             verb_share = 1.0 if word in ADVERBS else VERB_SHARES[phrases]
-            options = peaked(own_verbs, rank % len(own_verbs), config.favourite_rate, verb_share)
+            options = peaked(verbs, rank % len(verbs), config.favourite_rate, verb_share)
             options |= even(PREPOSITIONS, 0.85 * (1 - verb_share)) | even(ADVERBS, 0.15 * (1 - verb_share))
-            word = text.draw(options)
+            word = draw(options)
             if word in PREPOSITIONS:
-                text.draw({"the": 1.0})
-                text.draw(intruders)
+                draw({"the": 1.0})
+                draw(intruders)
                 phrases += 1
-        text.cues[-1] = "verb", len(text.words) - 1 - subject
-        text.draw({"the": 1.0})
-        text.draw(peaked(objects[area], rank, config.favourite_rate))
-        text.cues[-1] = "object", len(text.words) - 1 - subject
-        if text.draw({".": 0.6} | even(TAILS, 0.4)) != ".":
-            text.draw({".": 1.0})
-    return text
+        if verb_share == 1:  # else the likeliest word may be a preposition, whatever is remembered
+            rows[-1] |= {"role": "verb", "distance": len(rows) - 1 - subject}
+        draw({"the": 1.0})
+        draw(peaked(objects, rank, config.favourite_rate))
+        rows[-1] |= {"role": "object", "distance": len(rows) - 1 - subject}
+        if draw({".": 0.6} | even(TAILS, 0.4)) != ".":
+            draw({".": 1.0})
+    return pd.DataFrame(rows)
 
 
 # --- series ---------------------------------------------------------------------------
@@ -541,8 +511,8 @@ def best_forecasts(windows: np.ndarray, config: ForecasterConfig) -> np.ndarray:
         belief /= belief.sum(axis=(1, 2), keepdims=True)
         others = belief.sum(axis=1, keepdims=True) - belief
         belief = (1 - config.switch_rate) * belief + config.switch_rate * others / (k - 1)  # the period may switch
-        moved = [np.roll(belief[:, i], positions // period, axis=1) for i, period in enumerate(config.periods)]
-        belief = np.stack(moved, axis=1)
+        for i, period in enumerate(config.periods):
+            belief[:, i] = np.roll(belief[:, i], positions // period, axis=1)
     return belief.sum(axis=1) @ wave
 
 
@@ -568,8 +538,7 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: not UTF-8 (byte {error.start:,} of its text); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty")
+    require(text.strip(), f"{path}: the file is empty")
     return text
 
 
@@ -577,23 +546,14 @@ def read_source(source: str) -> str:
     """The input of --predict: standard input for "-", the text of a file, or else the words themselves; InputError."""
     if source == "-":
         return sys.stdin.buffer.read().decode(errors="replace")
-    if os.path.exists(source):  # noqa: PTH110 (Path's raises if a text is too long for a name)
-        return read_text(source)
-    if re.search(r"(?i)\.(txt|[ct]sv|xlsx?|gz)$", source):
-        raise InputError(f"{source}: no such file")
-    return source
-
-
-def warn(doubts: Iterable[str]) -> None:
-    """Say, a line each, what the user should know before relying on the numbers."""
-    for doubt in doubts:
-        print(f"note: {doubt}", file=sys.stderr)
+    is_file = os.path.exists(source)  # noqa: PTH110 (Path's raises if a text is too long for a name)
+    return read_text(source) if is_file or re.search(r"(?i)\.(txt|[ct]sv|xlsx?|gz)$", source) else source
 
 
 def user_file(path: str, columns: Sequence[str] = ()) -> UserFile:
     """The file as a configuration names it, with the columns that the user named; raises InputError."""
-    if Path(path).exists() and not Path(path).is_file():  # a pipe could not be read again by every run
-        raise InputError(f"{path!r}: not a regular file; a run needs one that can be read again")
+    special = Path(path).exists() and not Path(path).is_file()  # a pipe could not be read again by every run
+    require(not special, f"{path!r}: not a regular file; a run needs one that can be read again")
     return UserFile(path, hashlib.sha256(read_text(path).encode()).hexdigest(), tuple(columns))
 
 
@@ -604,10 +564,7 @@ def some(values: Iterable) -> str:
 
 
 def read_table(text: str) -> tuple[pd.DataFrame, str]:
-    """The cells of a CSV text as strings, its header among them, and how it names its separator; raises InputError.
-
-    Row i of the file has the label i.
-    """
+    """A CSV text's cells as strings, the header among them, by row of the file; its separator in words; InputError."""
     blank = text[: len(text) - len(text.lstrip("\r\n"))].count("\n")  # lines before the first
     text = re.sub(r"(\r?\n[,;\t ]*)+\Z", "", text.lstrip("\r\n"))  # spreadsheets add rows of nothing
     names = {";": "semicolons", "\t": "tabs", ",": "commas"}  # of a tie the first: a comma may belong to a number
@@ -624,10 +581,9 @@ def read_table(text: str) -> tuple[pd.DataFrame, str]:
 def find_column(header: Sequence[str], named: str, usual: Sequence[str], option: str) -> int:
     """The place of the column that the user named, or else of the one with a usual name; raises InputError."""
     found = [i for i, name in enumerate(header) if (name == named if named else name.lower() in usual)]
-    if len(found) != 1:
-        none = f"there is no column {(named or usual[0])!r}; its columns are {some(header)}"
-        many = f"{len(found)} columns, {some(header[i] for i in found)}, may be meant"
-        raise InputError(f"{many if found else none}; name one with --{option}-column")
+    none = f"there is no column {named or usual[0]!r}; its columns are {some(header)}"
+    many = f"{len(found)} columns, {some(header[i] for i in found)}, may be meant"
+    require(len(found) == 1, f"{many if found else none}; name one with --{option}-column")
     return found[0]
 
 
@@ -649,9 +605,8 @@ def read_reviews(text: str, text_column: str = "", label_column: str = "") -> Re
     elif labels.str.lower().nunique() < labels.nunique():  # Positive is positive
         labels = labels.str.lower()
     names = sorted(set(labels), key=float if numbers.notna().all() else str)
-    if not 2 <= len(names) <= 20:
-        found = f"{len(names)} different values ({some(map(repr, names))})"
-        raise InputError(f"the column {header[place]!r} holds {found}; two to 20 labels are needed")
+    found = f"the column {header[place]!r} holds {len(names)} different values ({some(map(repr, names))})"
+    require(2 <= len(names) <= 20, f"{found}; two to 20 labels are needed")
     return Reviews(texts.tolist(), labels.map(names.index).to_numpy(dtype=int), names)
 
 
@@ -668,15 +623,13 @@ def read_series(text: str, column: str = "") -> tuple[np.ndarray, list[str]]:
     words = numbers.iloc[0].isna()
     named = words.all() or (words.any() and (not first[0] or column in filter(None, first)))
     header = first if named else [str(i) for i in range(1, len(first) + 1)]
-    table, numbers = (frame.iloc[int(named) :].set_axis(range(len(header)), axis=1) for frame in (table, numbers))
-    numeric = [i for i, share in enumerate(numbers.notna().mean()) if share > 0.5]
-    if not column and len(numeric) != 1:
-        found = f"{len(numeric)} numeric columns" if numeric else "no numeric column"
-        raise InputError(f"{found} among {some(header)} (separated by {separator}); name one with --series-column")
-    place, doubts = find_column(header, column, (), "series") if column else numeric[0], []
-    if table.empty:
-        raise InputError("no row below the header")
-    values, cells = numbers[place], table[place]
+    table, numbers = table.iloc[int(named) :], numbers.iloc[int(named) :]
+    numeric = numbers.columns[numbers.notna().mean() > 0.5]
+    found = f"{len(numeric) or 'no'} numeric column{'s' * (len(numeric) > 1)} among {some(header)}"
+    require(column or len(numeric) == 1, f"{found} (separated by {separator}); name one with --series-column")
+    place = find_column(header, column, (), "series") if column else numeric[0]
+    require(len(table), "no row below the header")
+    doubts, values, cells = [], numbers[place], table[place]
     commas = cells[cells.str.contains(",")]
     if separator != "commas" and len(commas) and commas.str.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}").all():
         doubts.append(f"{commas.iloc[0]!r} is read with a decimal comma; if it marks thousands, take it out")
@@ -700,7 +653,6 @@ def read_series(text: str, column: str = "") -> tuple[np.ndarray, list[str]]:
 # ======================================================================================
 # Baselines
 # ======================================================================================
-
 
 MAJORITY = "majority class"
 
@@ -741,23 +693,21 @@ class NGram:
     """
 
     def __init__(self, ids: Sequence[int], order: int, vocab_size: int, contexts: Iterable[tuple]):
-        self.vocab_size, self.likeliest = vocab_size, cache(self.find_likeliest)
+        self.vocab_size, self.likeliest = vocab_size, {}
         self.followers = {context[i:]: Counter() for context in contexts for i in range(len(context) + 1)}
         for n in range(order):
             for *context, word in zip(*(ids[i:] for i in range(n + 1))):
                 if tuple(context) in self.followers:
                     self.followers[tuple(context)][word] += 1
+        for context in sorted(self.followers, key=len):  # seen after it, or the likeliest of a shorter one
+            words = {*self.followers[context], *([self.likeliest[context[1:]]] if context else [])} - {1}  # no <unk>
+            self.likeliest[context] = max(words, key=lambda word: (self.probability(context, word), -word))
 
     def probability(self, context: tuple, word: int) -> float:
         """P(word | context), which mixes every order down to the uniform distribution."""
         lower = self.probability(context[1:], word) if context else 1 / self.vocab_size
         counts = self.followers[context]
         return (counts[word] + len(counts) * lower) / (counts.total() + len(counts)) if counts else lower
-
-    def find_likeliest(self, context: tuple) -> int:
-        """The known word of highest probability: one seen after the context, or the likeliest of a shorter one."""
-        words = {*self.followers[context], *([self.likeliest(context[1:])] if context else [])}
-        return max(words - {1}, key=lambda word: (self.probability(context, word), -word))  # <unk> is no prediction
 
 
 def corpus_baselines(train: Sequence[int], test: CorpusDataset, vocab_size: int) -> list[Reference]:
@@ -767,7 +717,7 @@ def corpus_baselines(train: Sequence[int], test: CorpusDataset, vocab_size: int)
     for n, name in enumerate(("unigram", "bigram", "trigram")):
         asked = [(window[len(window) - n :], word) for window, word in zip(windows, words)]
         loss = np.array([-math.log(model.probability(*each)) for each in asked])
-        hits = np.array([float(model.likeliest(context) == word) for context, word in asked])
+        hits = np.array([float(model.likeliest[context] == word) for context, word in asked])
         found.append(Reference(name, "baseline", loss, hits))
     return found
 
@@ -1015,7 +965,7 @@ class Forecaster(SequenceModel):
         if read.min() < low - (high - low) / 2 or read.max() > high + (high - low) / 2:
             beyond = f"the last values lie between {read.min():g} and {read.max():g}"
             doubts.append(f"{beyond}, far from those of training ({low:g} to {high:g}): is it a series of that kind?")
-        warn(doubts)
+        sys.stderr.writelines(f"note: {doubt}\n" for doubt in doubts)
         forecasts = enumerate(self.predict(values, options.length), start=1)
         return "\n".join(["step,value", *(f"{step},{value}" for step, value in forecasts)])
 
@@ -1151,13 +1101,16 @@ def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CP
 
 def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU) -> TaskData:
     """A corpus, cut in three, encoded with the training part's vocabulary; raises InputError."""
-    text, window = None if config.file else generate_corpus(config, random_generator(seed, "corpus")), config.window
-    lines = io.StringIO(read_text(config.file.path)) if config.file else ()  # one at a time, which saves memory
-    words = text.words if text else [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
+    window = config.window
+    if config.file:
+        lines = io.StringIO(read_text(config.file.path))  # one at a time, which saves memory
+        words = [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
+    else:
+        generated = generate_corpus(config, random_generator(seed, "corpus"))
+        words = generated["words"].tolist()
     parts = three_parts(len(words), 8 * (window + 1), "words")  # cut before windowing: none straddles a cut
     vocabulary = fit_vocabulary(words[parts[0]], config.vocab_size)
-    if len(vocabulary) < 3:
-        raise InputError(f"no known word in its first {TRAIN_SHARE:.0%}, the training part")
+    require(len(vocabulary) >= 3, f"no known word in its first {TRAIN_SHARE:.0%}, the training part")
     ids, known = encode(words, vocabulary), np.array(list(vocabulary))
     train = CorpusDataset(ids[parts[0]], window, device=device)
     validation, test = (CorpusDataset(ids[part], window, MOST_WINDOWS, device) for part in parts[1:])
@@ -1169,13 +1122,13 @@ def build_corpus(config: PredictorConfig, seed: int, device: torch.device = CPU)
     targets = slice(parts[2].start + window, None, test.stride)  # the words that they ask for
     asked = pd.DataFrame({"text": [" ".join(words[i : i + window]) for i in places], "truth": words[targets]})
     subsets, ceiling = {}, []
-    if text:
-        roles, distances = map(np.array, zip(*text.cues[targets]))
-        for role, distance in sorted({*text.cues[targets]} - {("", 0)}):
-            subsets[f"{role} {distance} words after its subject"] = (roles == role) & (distances == distance)
-        subsets[FAR] = distances >= 5
-        entropy, hits = np.array(text.entropy[targets]), np.array(text.hits[targets], dtype=float)
-        ceiling = [Reference(FULL_STATE, "ceiling", entropy, hits)]
+    if not config.file:
+        told = generated[targets]
+        for role, distance in sorted({*zip(told["role"], told["distance"])} - {("", 0)}):
+            of_cue = (told["role"] == role) & (told["distance"] == distance)
+            subsets[f"{role} {distance} words after its subject"] = of_cue.to_numpy()
+        subsets[FAR] = (told["distance"] >= 5).to_numpy()
+        ceiling = [Reference(FULL_STATE, "ceiling", told["entropy"].to_numpy(), told["hits"].to_numpy(dtype=float))]
     preprocessing, sizes = {"vocabulary": list(vocabulary), "window": window}, {"vocab_size": len(vocabulary)}
     baselines = partial(corpus_baselines, ids[parts[0]], test, len(vocabulary))
     samples = [f"{' '.join(words[i : i + window])} -> {words[i + window]}" for i in (0, window + 1, 2 * window + 2)]
@@ -1429,7 +1382,7 @@ def fit(
     `gradient_norm` (mean, before clipping), `seconds`, and under `train` and `validation` the loss and the task's
     metrics; those of training are running means, with dropout on. Raises TrainingDiverged when a loss is not finite.
     """
-    torch.manual_seed(torch_seed(seed, "dropout"))
+    torch.manual_seed(random_generator(seed, "dropout").integers(2**63))
     optimizer = new_optimizer(model, training)
     plateau = optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=training.lr_factor, patience=training.lr_patience)
     batches = LengthBuckets(data.train.lengths, training.batch_size, random_generator(seed, "batches"))
@@ -1639,7 +1592,7 @@ def build_model(task: Task, name: str, config: TaskConfig, data: TaskData, seed:
 
         target, candidates = size(nn.LSTM, config.hidden_dim), range(1, 3 * config.hidden_dim)
         arguments["hidden_dim"] = min(candidates, key=lambda h: abs(size(model_class.layer, h) - target))
-    torch.manual_seed(torch_seed(seed, "weights"))
+    torch.manual_seed(random_generator(seed, "weights").integers(2**63))
     return model_class(**arguments), arguments
 
 
@@ -2714,7 +2667,7 @@ def report(config: Config, output_dir: Path) -> Results:
     if not trained:
         where = f"no records in {output_dir / 'runs'} of trained models with the configuration asked for; train first"
         raise InputError(where + f" (the folder holds runs of: {'; '.join(sorted(others))})" * bool(others))
-    warn(f"the folder also holds runs of: {each}" for each in sorted(others))
+    sys.stderr.writelines(f"note: the folder also holds runs of: {each}\n" for each in sorted(others))
     results, runs = results_table(records), runs_table(trained)
     models, verdicts = runs.drop_duplicates(["task", "model"], ignore_index=True), compare(results)
     summary = summarise(results[results["subset"] == ALL])

@@ -148,7 +148,7 @@ def test_ngram_probabilities_sum_to_one_and_the_likeliest_is_the_likeliest():
         probabilities = np.array([model.probability(context, word) for word in range(10)])
         assert probabilities.sum() == pytest.approx(1)
         probabilities[1] = 0  # <unk> is no answer
-        assert probabilities[model.likeliest(context)] == probabilities.max()
+        assert probabilities[model.likeliest[context]] == probabilities.max()
 
 
 def test_ngram_probabilities_are_witten_bells():
