@@ -2386,7 +2386,8 @@ def long_range_figure(runs: pd.DataFrame, results: pd.DataFrame) -> Figure | Non
         axes.axhline(100, color="black", linewidth=1)
         axes.set(title="Next word, by distance from its subject", xlabel="words back to the subject", ylim=(0, 105))
         axes.set_ylabel("accuracy (% of the ceiling's)")
-        axes.legend(handles=[line("verb", marker="o"), line("object", style=":", marker="s")], loc="lower left")
+        roles = [line("verb, where one must come", marker="o"), line("object", style=":", marker="s")]
+        axes.legend(handles=roles, loc="lower right", bbox_to_anchor=(1, 0.18))
         lines.append(line("trigram", linewidth=3))
     if axes := panels.get("ending"):  # accuracy on reviews whose closing verdict agrees with their label, or does not
         found = accuracy[CLASSIFIER.name].unstack("name").reindex([AGREES, CONTRADICTS])
