@@ -44,7 +44,8 @@ import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
 from itertools import combinations, product
@@ -1825,20 +1826,19 @@ def cached_data(task_name: str, config: TaskConfig, seed: int, device: torch.dev
         raise InputError(f"{config.file.path}: {error}" if config.file else str(error)) from error
 
 
-def carry_out(
-    job: Job, progress: Watch, config: Config, device: torch.device, output_dir: Path, costs: Mapping
-) -> None:
+def carry_out(job: Job, watch: Watch, config: Config, device: torch.device, output_dir: Path, costs: Mapping) -> None:
     """Train and test one model, or measure the baselines; leaves the record, and of a model the checkpoint.
 
     The record holds all that tables and figures are made from; `costs` goes into it. Raises TrainingDiverged.
     """
+    prepare_device(device)
     task, config = TASKS[job.task], config[job.task]
     data = cached_data(job.task, config, job.seed, device)
 
     def scores(loss: np.ndarray, score: np.ndarray) -> dict[str, dict]:
-        subsets = {name: mask for name, mask in data.subsets.items() if mask.any()}
-        by_subset = {name: task.measure(loss[mask], score[mask], data.unit) for name, mask in subsets.items()}
-        return {"test": task.measure(loss, score, data.unit), "subsets": by_subset}
+        masks = {name: mask for name, mask in data.subsets.items() if mask.any()}
+        subsets = {name: task.measure(loss[mask], score[mask], data.unit) for name, mask in masks.items()}
+        return {"test": task.measure(loss, score, data.unit), "subsets": subsets}
 
     # what the numbers may depend on beside the configuration and the seed
     environment = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -1859,7 +1859,7 @@ def carry_out(
         training = replace(config.training, learning_rate=job.learning_rate)
         if job.tuning:
             data = replace(data, test=None)
-        record["history"] = fit(model.to(device), task, data, training, job.seed, progress)
+        record["history"] = fit(model.to(device), task, data, training, job.seed, watch)
         if not job.tuning:
             untrained = build_model(task, job.model, config, data, job.seed)[0].to(device)
             longest, _ = data.train.__getitems__(data.train.lengths.topk(2).indices)
@@ -1886,12 +1886,13 @@ def carry_out(
 class Progress:
     """What the user sees: a bar for everything, with the time left, above one for each run that is being trained.
 
-    Without a terminal or notebook, a line per epoch. `expected`: seconds and batches of each run, all its epochs used.
+    Without a terminal or notebook, a line per epoch. `expected`: of each run, in the order of their start, the seconds
+    and the batches of all its epochs.
     """
 
     def __init__(self, expected: Mapping[Job, tuple[float, int]]):
         self.expected, self.bars, self.failures, self.start_time = expected, {}, {}, time.monotonic()
-        self.places, self.batches = {}, dict.fromkeys(expected, 0)  # in the order of their start; that are done
+        self.batches = dict.fromkeys(expected, 0)  # that are done
         notebook = any(parent.__module__ == "tqdm.notebook" for parent in tqdm.__mro__)
         self.bar = partial(tqdm, disable=not (notebook or sys.stderr.isatty()), leave=False, dynamic_ncols=True)
         everything = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
@@ -1909,8 +1910,6 @@ class Progress:
         """Show the bar of a run, in the first free line."""
         one_run = "{desc} {percentage:3.0f}%{postfix} |{bar}|"
         self.bars[job] = self.bar(total=self.expected[job][1], desc=str(job), bar_format=one_run)
-        if job.model != BASELINES:
-            self.places[job] = len(self.places) + 1
 
     def update(self, job: Job, batches: int, row: Mapping | None) -> None:
         """Show that a run has come to `batches` batches, and the row of an epoch that it has ended."""
@@ -1920,64 +1919,62 @@ class Progress:
             names = dict.fromkeys(["loss", TASKS[job.task].metrics[0].name])
             values = ", ".join(f"{name} {row['train'][name]:.4g}/{row['validation'][name]:.4g}" for name in names)
             done = sum(self.batches[each] / n * s for each, (s, n) in self.expected.items())
-            left = (time.monotonic() - self.start_time) * (self.total / done - 1)
-            runs = sum(each.model != BASELINES for each in self.expected)
-            place = f"run {self.places[job]} of {runs}, {tqdm.format_interval(left)} left"
+            left = tqdm.format_interval((time.monotonic() - self.start_time) * (self.total / done - 1))
+            runs = [each for each in self.expected if each.model != BASELINES]
+            place = f"run {runs.index(job) + 1} of {len(runs)}, {left} left"
             print(f"{job}  epoch {row['epoch']:2d}  train/val {values}  ({place})", file=sys.stderr, flush=True)
         elif row:
             bar.set_postfix_str(f"epoch {row['epoch']}, validation loss {row['validation']['loss']:.4f}", refresh=False)
         self.overall.update(seconds * new / total)
         bar.update(new)  # draws a few times a second at most
 
-    def finish(self, job: Job, failure: str | Exception) -> None:
+    def finish(self, job: Job, error: Exception | None) -> None:
         """Count a run as done, however early it stopped; an error that is no failure of this run alone is raised."""
-        if isinstance(failure, Exception):
-            raise failure
-        if failure:
-            self.failures[job] = failure
+        if isinstance(error, (RuntimeError, MemoryError)):
+            self.failures[job] = first_line(error)
+        elif error:
+            raise error
         self.update(job, self.expected[job][1], None)
         self.bars.pop(job).close()
 
 
-def attempt(job: Job, progress: Watch, work: Callable) -> str | Exception:
-    """Carry out a run; returns, if it failed by divergence or a lack of memory, how, and any other error as it is."""
+def attempt(job: Job, watch: Watch, work: Callable) -> Exception | None:
+    """Carry out a run; returns the error that ended it, if one did."""
     try:
-        work(job, progress)
-    except (RuntimeError, MemoryError) as error:
-        return first_line(error)
+        work(job, watch)
     except Exception as error:
         return error
-    return ""
+    return None
 
 
-def run_here(jobs: Sequence[Job], work: Callable, progress: Progress) -> None:
-    """Carry out one run after the other in this process."""
-    for job in jobs:
-        progress.start(job)
-        progress.finish(job, attempt(job, partial(progress.update, job), work))
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-
-def run_in_child(parent: multiprocessing.connection.Connection, job: Job, work: Callable, device: torch.device) -> None:
+def run_in_child(parent: multiprocessing.connection.Connection, job: Job, work: Callable) -> None:
     """Carry out one run in a process of its own; it ends when its parent is gone, for then nobody listens."""
-    prepare_device(device)
-    last = 0.0
 
     def send(batches: int, row: Mapping | None) -> None:
-        nonlocal last
-        if row or time.monotonic() - last > 0.2:
-            last = time.monotonic()
+        if row or batches % 10 == 0:  # else the news of many children would keep the parent busy
             parent.send((batches, row))
 
     with suppress(ConnectionError):
         parent.send((None, attempt(job, send, work)))
 
 
-def run_in_children(
-    jobs: Sequence[Job], work: Callable, progress: Progress, workers: int, device: torch.device
-) -> None:
+def undisturbed(start: Callable[[], object]) -> None:
+    """Call `start`; Ctrl-C and SIGTERM wait for its end, and processes that are started in it never hear of them.
+
+    It is called in another thread: signals interrupt only the main one, and processes inherit which are blocked.
+    """
+
+    def call() -> None:
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            resource_tracker.ensure_running()  # else the first process starts it, and that takes the mask away
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        start()
+
+    with ThreadPoolExecutor(1) as thread:  # its end waits for the thread's
+        thread.submit(call).result()
+
+
+def run_in_children(jobs: Iterable[Job], work: Callable, progress: Progress, workers: int) -> None:
     """Carry out `workers` runs at a time, each in a process of its own; all have ended when this returns or raises."""
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
@@ -1989,51 +1986,32 @@ def run_in_children(
             while waiting and len(running) < workers:
                 job = waiting.popleft()
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=run_in_child, args=(theirs, job, work, device), daemon=True)
-                with signals_held():
-                    process.start()
-                    running[ours] = process, job
+                process = context.Process(target=run_in_child, args=(theirs, job, work), daemon=True)
+                running[ours] = process, job
+                undisturbed(process.start)
                 theirs.close()
                 progress.start(job)
             for ours in multiprocessing.connection.wait(list(running)):
                 process, job = running[ours]
                 try:
                     batches, news = ours.recv()
-                except (EOFError, OSError):  # it has ended, after its last message or before
+                except (EOFError, OSError):  # it has ended without a last message
                     process.join()
-                    del running[ours]
-                    batches, news = None, f"its process ended with status {process.exitcode}; killed, or out of memory?"
+                    ended = f"its process ended with status {process.exitcode}; killed, or out of memory?"
+                    batches, news = None, RuntimeError(ended)
                 if process.exitcode == NO_GUARD:
                     raise InputError('call main() or run() under `if __name__ == "__main__":`, or with one worker')
-                if batches is not None:
-                    progress.update(job, batches, news)
-                elif job in progress.bars:
+                if batches is None:
+                    process.join()
+                    del running[ours]
                     progress.finish(job, news)
+                else:
+                    progress.update(job, batches, news)
     finally:
         for process, _ in running.values():
-            process.kill()
-        for process, _ in running.values():
-            process.join()
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the end of the block; processes that are started in it never hear of them."""
-    came, numbers, posix = [], (signal.SIGINT, signal.SIGTERM), hasattr(signal, "pthread_sigmask")
-    if posix:  # children inherit the mask; other threads of this process do not, hence the handlers
-        resource_tracker.ensure_running()  # else the first process starts it, and that takes the mask away
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    main = threading.current_thread() is threading.main_thread()  # only there can a signal be listened to
-    handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers if main}
-    try:
-        yield
-    finally:
-        if posix:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)
+            if process.pid:  # it has been started
+                process.kill()
+                process.join()
 
 
 # ======================================================================================
@@ -2581,15 +2559,17 @@ def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
 # ======================================================================================
 
 
+COLUMNS = {"text": "reviews", "label": "reviews", "series": "series"}  # that can be named, each with the file it is of
+
+
 def number(text: str, least: float, most: float = math.inf, kind: type = float) -> float:
     """An argument type: a number of a kind, from `least` to `most`."""
     value = math.nan
     with suppress(ValueError):
         value = kind(text)
     if not least <= value <= most:
-        what, span = "whole number" if kind is int else "number", f"from {least:g} to {most:g}"
-        span = span if most < math.inf else f"of {least} or more"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {span}")
+        span = f"from {least:g} to {most:g}" if most < math.inf else f"of {least} or more"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number' if kind is int else 'number'} {span}")
     return value
 
 
@@ -2622,8 +2602,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--reviews", metavar="FILE.csv", help="for the classifier: a column of texts and one of labels")
     add("--corpus", metavar="FILE.txt", help="for the predictor: plain text, UTF-8")
     add("--series", metavar="FILE.csv", help="for the forecaster: a column of numbers, in order of time")
-    for name, usual in (("text", "text, review"), ("label", "label, sentiment"), ("series", "the only numeric one")):
-        add(f"--{name}-column", metavar="NAME", help=f"default: {usual}")
+    for column, usual in zip(COLUMNS, ("text, review", "label, sentiment", "the only numeric one")):
+        add(f"--{column}-column", metavar="NAME", help=f"default: {usual}")
     add = parser.add_argument_group("how and where").add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA if there is one")
     add("--workers", type=positive, metavar="N", help="runs at a time; default: as many as cores")
@@ -2641,16 +2621,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
     # what goes with what
     for name, default in (("length", 20), ("temperature", 1.0), ("seed", 42)):
-        given = getattr(options, name)
-        if given is not None and not options.predict:
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif not options.predict:
             raise InputError(f"--{name} goes with --predict" + "; for training there is --seeds" * (name == "seed"))
-        setattr(options, name, default if given is None else given)
-    modes = [f"--{name}" for name in ("report", "benchmark", "predict") if getattr(options, name)]
-    modes += ["--tune"] * (options.tune and bool(modes))
-    modes += ["--tune", "--learning-rate"] * (options.tune and options.learning_rate is not None)
+    modes = [f"--{name}" for name in ("report", "benchmark", "predict", "tune") if getattr(options, name)]
+    modes += ["--learning-rate"] * (options.tune and options.learning_rate is not None)
     if len(modes) > 1:
-        raise InputError(f"{' and '.join(dict.fromkeys(modes))} cannot go together")
-    for column, file in (("text", "reviews"), ("label", "reviews"), ("series", "series")):
+        raise InputError(f"{' and '.join(modes)} cannot go together")
+    for column, file in COLUMNS.items():
         if getattr(options, f"{column}_column") and getattr(options, file) is None and not options.predict:
             raise InputError(f"--{column}-column goes with --{file} or --predict")
     options.seeds = list(dict.fromkeys(options.seeds or (DEFAULT_SEEDS[:1] if options.quick else DEFAULT_SEEDS)))
@@ -2659,37 +2638,39 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.models = [name + MATCHED * (options.match == "params" and name != "LSTM") for name in names]
     if options.window and not any(hasattr(DEFAULT[name], "window") for name in options.tasks):
         raise InputError("--window is for predictor and forecaster, which --tasks leaves out")
-    files = {task.name: getattr(options, task.file_option) for task in TASKS.values()}
-    options.files = {task: path for task, path in files.items() if path is not None}
-    for task in options.files:
-        if task not in options.tasks:
-            raise InputError(f"--{TASKS[task].file_option} is for the task {task}, which --tasks leaves out")
-    stems = [re.sub(r"(?i)(\.csv|\.txt)?(\.gz)?$", "", Path(name).name) for name in options.files.values()]
+    stems = []
+    for task in TASKS.values():
+        if (path := getattr(options, task.file_option)) is not None:
+            stems.append(re.sub(r"(?i)(\.csv|\.txt)?(\.gz)?$", "", Path(path).name))
+            if task.name not in options.tasks:
+                raise InputError(f"--{task.file_option} is for the task {task.name}, which --tasks leaves out")
     default = "quick" if options.quick else "_".join(["own", *stems]) if stems else ""
     options.output_dir = options.output_dir or Path("outputs", default)
+    here = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    name = here[0] if options.device == "auto" else options.device
+    if name not in here:
+        raise InputError(f"--device {name}: there is none here; choose from {', '.join(sorted(here))}, or auto")
+    options.device = torch.device(name)
     return options
 
 
 def configure(options: argparse.Namespace) -> Config:
     """The configuration of each task that the options ask for; raises InputError."""
     config = dict(QUICK if options.quick else DEFAULT)
-    columns = {CLASSIFIER.name: ("text_column", "label_column"), FORECASTER.name: ("series_column",)}
     for name, task in config.items():
-        changes = {"training": replace(task.training, epochs=options.epochs or task.training.epochs)}
-        given = {TASKS[name].file_option: options.files.get(name), "epochs": options.epochs}
-        if name in options.files:
-            named = {column: getattr(options, column) for column in columns.get(name, ())}
-            changes["file"] = user_file(options.files[name], [column or "" for column in named.values()])
-            given |= {column.replace("_", "-"): value for column, value in named.items()}
-        for knob in ("hidden_dim", "window"):
-            if getattr(options, knob) and hasattr(task, knob):
-                given[knob.replace("_", "-")] = changes[knob] = getattr(options, knob)
+        file = TASKS[name].file_option
+        columns = [f"{column}_column" for column, of in COLUMNS.items() if of == file]
+        knobs = [knob for knob in ("hidden_dim", "window") if hasattr(task, knob)]
+        given = {key: value for key in (file, "epochs", *columns, *knobs) if (value := getattr(options, key))}
+        changes = {knob: given[knob] for knob in knobs if knob in given}
+        changes["training"] = replace(task.training, epochs=options.epochs or task.training.epochs)
+        if (path := getattr(options, file)) is not None:
+            changes["file"] = user_file(path, [given.get(column, "") for column in columns])
         if options.learning_rate:
             changes["learning_rates"] = LearningRates(*[options.learning_rate] * len(LearningRates._fields))
-        spelled = ["--quick"] * options.quick + [
-            f"--{key} {shlex.quote(str(value))}" for key, value in given.items() if value
-        ]
-        config[name] = replace(task, options=" ".join(spelled) or "no options", **changes)
+        spelled = [f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in given.items()]
+        spelled = " ".join(["--quick"] * options.quick + spelled) or "no options"
+        config[name] = replace(task, options=spelled, **changes)
     return config
 
 
@@ -2713,54 +2694,47 @@ def make_folders(directory: Path, *more: str) -> None:
         raise OSError(f"--output-dir {directory}: cannot be written ({error.strerror}); choose another") from error
 
 
-def all_costs(options: argparse.Namespace, config: Config, device: torch.device, steps: int, rounds: int) -> dict:
-    """What a training step of each model costs on the data of the first seed, by task and model."""
-    costs = {}
-    for name, task in ((name, TASKS[name]) for name in options.tasks):
-        data = cached_data(name, config[name], options.seeds[0], device)
-        models = {m: build_model(task, m, config[name], data, 0)[0].to(device) for m in options.models}
-        costs[name] = measure_costs(task, models, config[name].training, data, steps, rounds)
-    return costs
+def step_costs(name: str, options: argparse.Namespace, config: TaskConfig, steps: int, rounds: int) -> dict[str, dict]:
+    """What a training step of each model of a task costs, on the data of the first seed."""
+    data, task = cached_data(name, config, options.seeds[0], options.device), TASKS[name]
+    models = {model: build_model(task, model, config, data, 0)[0].to(options.device) for model in options.models}
+    return measure_costs(task, models, config.training, data, steps, rounds)
 
 
-def run_jobs(
-    jobs: Sequence[Job], options: argparse.Namespace, config: Config, device: torch.device, measure: Callable[[], dict]
-) -> dict[Job, str]:
-    """Carry out what is not finished of `jobs`, several at a time; returns the runs that failed, and why.
-
-    `measure` gives the costs of a step, and is called only if there is a run to carry out.
-    """
+def run_jobs(jobs: Sequence[Job], options: argparse.Namespace, config: Config, costs: Mapping) -> dict[Job, str]:
+    """Carry out what is not finished of `jobs`, several at a time; returns the runs that failed, and why."""
     if options.resume:
         jobs = unfinished(jobs, options.output_dir, config)
     if not jobs:
         return {}
-    costs = measure()
+    device = options.device
     workers = min(options.workers or (1 if options.quick or device.type != "cpu" else usable_cores()), len(jobs))
     expected = dict.fromkeys(jobs, (1.0, 1))  # seconds and batches of each run; of the baselines a guess
     for job in jobs:
         if job.model != BASELINES:
-            cost, training = costs[job.task][job.model], config[job.task].training
-            batches = cost["batches_per_epoch"] * training.epochs
+            cost = costs[job.task][job.model]
+            batches = cost["batches_per_epoch"] * config[job.task].training.epochs
             expected[job] = batches * cost["ms_per_step"] / 1000, batches
     estimate = tqdm.format_interval(sum(seconds for seconds, _ in expected.values()) / workers)
     runs = f"{sum(job.model != BASELINES for job in jobs)} {'tuning ' * jobs[0].tuning}runs on {device}"
     print(f"{runs}, {workers} at a time with a thread each: about {estimate} if all epochs are used", file=sys.stderr)
     # a seed's longest first
-    place = {seed: i for i, seed in enumerate(options.seeds)}
-    jobs = sorted(jobs, key=lambda job: (options.tasks.index(job.task), place[job.seed], -expected[job][0]))
+    jobs = sorted(jobs, key=lambda j: (options.tasks.index(j.task), options.seeds.index(j.seed), -expected[j][0]))
     work = partial(carry_out, config=config, device=device, output_dir=options.output_dir, costs=costs)
-    with closing(Progress(expected)) as progress:
-        if workers == 1:
-            run_here(jobs, work, progress)
-        else:
+    with closing(Progress({job: expected[job] for job in jobs})) as progress:
+        if workers > 1:
             cached_data.cache_clear()  # from here on the children hold the data
-            run_in_children(jobs, work, progress, workers, device)
+            run_in_children(jobs, work, progress, workers)
+            return progress.failures
+        for job in jobs:
+            progress.start(job)
+            progress.finish(job, attempt(job, partial(progress.update, job), work))
+            gc.collect()
+            torch.cuda.empty_cache()
         return progress.failures
 
 
-def tune(
-    options: argparse.Namespace, config: Config, device: torch.device, measure: Callable[[], dict]
-) -> tuple[dict, int]:
+def tune(options: argparse.Namespace, config: Config, costs: Mapping) -> tuple[dict, int]:
     """Each model's learning rate, by task and model: that of the lowest mean validation loss over the seeds.
 
     All models try one grid; a rate at its edge is followed one step outwards. A model of which no rate converged on
@@ -2770,14 +2744,13 @@ def tune(
     grid = list(RATES[2:4] if options.quick else RATES[1:-1])
     models = [(task, model) for task in options.tasks for model in options.models]
     outwards = {grid[0]: RATES[RATES.index(grid[0]) - 1], grid[-1]: RATES[RATES.index(grid[-1]) + 1]}
-    jobs, more, rates, failures = [], [(*model, rate) for model in models for rate in grid], {}, []
+    jobs, more, failures = [], [(*model, rate) for model in models for rate in grid], []
     while more:
         new = [Job(task, model, seed, rate, True) for task, model, rate in more for seed in options.seeds]
-        failures += run_jobs(new, options, config, device, measure).values()
+        failures += run_jobs(new, options, config, costs).values()
         jobs += new
         table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True)[0])
-        best = table[table["chosen"]].drop_duplicates(["task", "model"])
-        rates = {(row.task, row.model): row.learning_rate for row in best.itertuples()}
+        rates = table[table["chosen"]].set_index(["task", "model"])["learning_rate"].to_dict()
         more = [(*model, outwards[rate]) for model, rate in rates.items() if rate in outwards]
         outwards = {}
     write_whole(options.output_dir / "pytorch_rnn_tuning.csv", table.to_csv(index=False))
@@ -2788,25 +2761,25 @@ def tune(
     return rates, sum("the loss is not finite" not in failure for failure in failures)
 
 
-def train(options: argparse.Namespace, config: Config, device: torch.device) -> int:
+def train(options: argparse.Namespace, config: Config) -> int:
     """Every run that the options ask for; returns how many failed."""
-    look = []  # at the data; what cannot be used is to be said before anything else
+    look, costs = [], {}  # at the data; what cannot be used is to be said before anything else
     for name in options.tasks:
-        data = cached_data(name, config[name], options.seeds[0], device)
+        data = cached_data(name, config[name], options.seeds[0], options.device)
         about = f"{TASKS[name].title}, the data of seed {options.seeds[0]}: {facts_text(data.facts)}"
         look += textwrap.wrap(about, 79) + [f"    {' '.join(sample.split())}"[:76] for sample in data.samples]
         look += [f"note: {doubt}" for doubt in data.doubts]
+        costs[name] = step_costs(name, options, config[name], steps=2, rounds=2)
     make_folders(options.output_dir, *["runs/tuning"] * options.tune)
     print(*look, sep="\n", file=sys.stderr)
-    measure = cache(partial(all_costs, options, config, device, steps=2, rounds=2))  # once, for tuning and comparison
     models = [(task, model) for task in options.tasks for model in options.models]
     rates = {(task, model): getattr(config[task].learning_rates, base_name(model)) for task, model in models}
     failed = 0
     if options.tune:
-        rates, failed = tune(options, config, device, measure)
+        rates, failed = tune(options, config, costs)
     jobs = [Job(*model, seed, rate) for model, rate in rates.items() for seed in options.seeds]
     jobs += [Job(task, BASELINES, seed) for task in options.tasks for seed in options.seeds]
-    return failed + len(run_jobs(jobs, options, config, device, measure)) + len(models) - len(rates)
+    return failed + len(run_jobs(jobs, options, config, costs)) + len(models) - len(rates)
 
 
 def draw(output_dir: Path, figures: Mapping[str, Callable[[], Figure | None]]) -> tuple[dict[str, Figure], int]:
@@ -2834,11 +2807,13 @@ class Results(NamedTuple):
     failed: int = 0  # how many runs and figures failed; each was named
 
 
-def report(config: Config, output_dir: Path) -> Results:
-    """Tables and figures from the records in `output_dir`."""
+def report(config: Config, output_dir: Path, failed: int) -> Results:
+    """Tables and figures from the records in `output_dir`; `failed` runs are not there."""
     records, others = read_records(output_dir, config)
     trained = [record for record in records if "history" in record]
     if not trained:
+        if failed:  # each was named
+            raise RuntimeError("no run came to its end")
         where = f"no records in {output_dir / 'runs'} of trained models with the configuration asked for; train first"
         raise InputError(where + f" (the folder holds runs of: {'; '.join(sorted(others))})" * bool(others))
     warn(f"the folder also holds runs of: {each}" for each in sorted(others))
@@ -2867,19 +2842,21 @@ def report(config: Config, output_dir: Path) -> Results:
         if "confusion" in of_task[0]["evidence"]:
             figures[f"{task.name}_errors"] = partial(errors_figure, of_task)
     write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, texts, models))
-    drawn, failed = draw(output_dir, figures)
+    drawn, broken = draw(output_dir, figures)
     print(*texts.values(), parameters_text(models), sep="\n\n")
     print(f"\nTables, figures, records and models are in {output_dir.resolve()}")
-    return Results(results, drawn, failed)
+    return Results(results, drawn, failed + broken)
 
 
-def benchmark(options: argparse.Namespace, config: Config, device: torch.device) -> None:
+def benchmark(options: argparse.Namespace, config: Config) -> None:
     """Measure what a step costs, print it and write it to a file."""
     make_folders(options.output_dir)
     print("measuring; this takes about a minute on an idle machine", file=sys.stderr)
-    costs = all_costs(options, config, device, *((2, 2) if options.quick else (5, 30)))
+    rows, (steps, rounds) = [], (2, 2) if options.quick else (5, 30)
+    for task in options.tasks:
+        costs = step_costs(task, options, config[task], steps, rounds)
+        rows += [{"task": task, "model": name} | cost for name, cost in costs.items()]
     columns = [f"{prefix}{unit}" for prefix in ("", "bare_") for unit in ("ms_per_step", "samples_per_second")]
-    rows = [{"task": task, "model": name} | costs[task][name] for task in options.tasks for name in options.models]
     table = pd.DataFrame(rows)[["task", "model", *columns, "overhead", "kernel"]]
     write_whole(options.output_dir / "pytorch_rnn_benchmark.csv", table.to_csv(index=False))
     print(table.assign(overhead=table["overhead"].map("{:+.1%}".format)).to_string(index=False))
@@ -2889,25 +2866,16 @@ def obey(options: argparse.Namespace) -> Results | None:
     """Do what the options ask for; returns what came out, or None where there is nothing to show."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a child that imports the user's script
         os._exit(NO_GUARD)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = ("cuda" if there["cuda"] else "cpu") if options.device == "auto" else options.device
-    if not there[name]:
-        here = ", ".join(device for device in there if there[device])
-        raise InputError(f"--device {name}: there is none here; choose from {here}, or auto")
-    prepare_device(device := torch.device(name))
+    prepare_device(options.device)
     if options.predict:
         path, source = options.predict
         print(load_checkpoint(path).describe(source, options))
         return None
     config = configure(options)
     if options.benchmark:
-        benchmark(options, config, device)
+        benchmark(options, config)
         return None
-    failed = 0 if options.report else train(options, config, device)
-    if failed and not any("history" in record for record in read_records(options.output_dir, config)[0]):
-        raise RuntimeError("no run came to its end")  # each failure was named
-    results = report(config, options.output_dir)
-    return results._replace(failed=results.failed + failed)
+    return report(config, options.output_dir, 0 if options.report else train(options, config))
 
 
 def run(**options: object) -> Results | None:
