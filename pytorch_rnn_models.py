@@ -1665,8 +1665,6 @@ EVIDENCE = {  # task: (task, trained model, untrained model, data, predictions) 
 BASELINES = "baselines"  # stands for a model where there is nothing to train
 NO_GUARD = 64  # exit status of a child that would begin everything again: the user's script has no guard
 MATCHED = "-matched"  # marks a model whose recurrent parameters match the LSTM's
-# for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was page faults
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 
 class Job(NamedTuple):
@@ -1701,8 +1699,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def base_name(model: str) -> str:
@@ -1762,52 +1759,44 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def job_of(record: Mapping, tuning: bool = False) -> Job:
-    """The run that a record is of; raises KeyError."""
-    return Job(*(record[name] for name in ("task", "model", "seed", "learning_rate")), tuning)
-
-
 def settings(config: TaskConfig) -> dict:
     """A configuration as its record holds it; of a user's file the name and the content, not the place."""
     values = json.loads(json.dumps(asdict(config)))  # tuples are lists in a record
-    del values["learning_rates"], values["training"]["learning_rate"]  # a run has its own, beside its configuration
-    del values["options"]
+    del values["options"], values["learning_rates"], values["training"]["learning_rate"]  # a run has its own rate
     if values["file"]:
         values["file"]["path"] = Path(values["file"]["path"]).name
     return values
 
 
-def read_records(output_dir: Path, config: Config, tuning: bool = False) -> tuple[list[dict], set[str]]:
+def read_records(output_dir: Path, config: Config, tuning: bool = False) -> tuple[dict[Job, dict], set[str]]:
     """The records in `output_dir` of runs with this configuration, by task, model and seed, baselines last; and the
     options that lead to the other configurations that are there."""
     records, others, models = {}, set(), [*MODEL_NAMES, *(name + MATCHED for name in MODEL_NAMES), BASELINES]
     for path in (output_dir / "runs").glob("tuning/*.json" if tuning else "*.json"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            job = job_of(record, tuning)
+            job = Job(*(record[name] for name in ("task", "model", "seed", "learning_rate")), tuning)
             require(path == job.file(output_dir), "the record of another run")
-            order = list(TASKS).index(job.task), models.index(job.model), job.seed, job.learning_rate if tuning else 0
+            order = list(TASKS).index(job.task), models.index(job.model), job.seed, job.learning_rate
             require("environment" in record and ("history" in record) != ("references" in record), "nothing measured")
             if record["configuration"] == settings(config[job.task]):
-                records[order] = record
+                records[order] = job, record
             else:
                 others.add(record["options"])
         except (ValueError, KeyError, TypeError, OSError, RecursionError):
             print(f"{path} is not the whole record of a run of this version; it is left out", file=sys.stderr)
-    return [records[order] for order in sorted(records)], others
+    return dict(records[order] for order in sorted(records)), others
 
 
 def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Job]:
     """Those of the runs that lack their record, or the model that belongs to it; what does not count is named."""
-    tuning, rest = any(job.tuning for job in jobs), []
-    records = {job_of(record, tuning): record for record in read_records(output_dir, config, tuning)[0]}
+    (records, _), rest = read_records(output_dir, config, jobs[0].tuning), []
     for job in jobs:
-        finished = job in records and (tuning or job.model == BASELINES)
-        with suppress(InputError):
-            if job in records and not finished:
-                model = load_checkpoint(job.file(output_dir, "models"))
-                of_class = type(model) is TASKS[job.task].models[base_name(job.model)]
-                finished = of_class and model.metrics == records[job]["test"]
+        finished = job in records
+        if finished and job.model != BASELINES and not job.tuning:
+            finished = False
+            with suppress(InputError):
+                finished = load_checkpoint(job.file(output_dir, "models")).metrics == records[job]["test"]
         if not finished:
             rest.append(job)
             if (path := job.file(output_dir)).exists():
@@ -1850,8 +1839,7 @@ def carry_out(job: Job, watch: Watch, config: Config, device: torch.device, outp
     for kind in ("runs", "predictions"):  # those of another configuration must not stand beside this model
         job.file(output_dir, kind).unlink(missing_ok=True)
     if job.model == BASELINES:
-        record["facts"] = {name: float(value) for name, value in data.facts.items()}
-        record["doubts"] = list(data.doubts)
+        record |= {"facts": {name: float(value) for name, value in data.facts.items()}, "doubts": list(data.doubts)}
         references = [*data.baselines(), *data.ceiling]
         record["references"] = [{"name": r.name, "kind": r.kind} | scores(r.loss, r.score) for r in references]
     else:
@@ -1887,7 +1875,7 @@ class Progress:
     """What the user sees: a bar for everything, with the time left, above one for each run that is being trained.
 
     Without a terminal or notebook, a line per epoch. `expected`: of each run, in the order of their start, the seconds
-    and the batches of all its epochs.
+    that a batch takes and the batches of all its epochs.
     """
 
     def __init__(self, expected: Mapping[Job, tuple[float, int]]):
@@ -1896,7 +1884,7 @@ class Progress:
         notebook = any(parent.__module__ == "tqdm.notebook" for parent in tqdm.__mro__)
         self.bar = partial(tqdm, disable=not (notebook or sys.stderr.isatty()), leave=False, dynamic_ncols=True)
         everything = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
-        self.total = sum(seconds for seconds, _ in expected.values()) * (1 + 1e-9)  # rounding must not pass it
+        self.total = sum(map(math.prod, expected.values())) * (1 + 1e-9)  # rounding must not pass it
         self.overall = self.bar(total=self.total, desc="all runs", bar_format=everything)
 
     def close(self) -> None:
@@ -1906,26 +1894,23 @@ class Progress:
         for job, failure in self.failures.items():
             print(f"failed: {job}: {failure}", file=sys.stderr)
 
-    def start(self, job: Job) -> None:
-        """Show the bar of a run, in the first free line."""
-        one_run = "{desc} {percentage:3.0f}%{postfix} |{bar}|"
-        self.bars[job] = self.bar(total=self.expected[job][1], desc=str(job), bar_format=one_run)
-
     def update(self, job: Job, batches: int, row: Mapping | None) -> None:
-        """Show that a run has come to `batches` batches, and the row of an epoch that it has ended."""
-        bar, (seconds, total), new = self.bars[job], self.expected[job], batches - self.batches[job]
-        self.batches[job] = batches
+        """Show that a run has come to `batches` batches, 0 at its start, and the row of an epoch that it has ended."""
+        if job not in self.bars:
+            one_run = "{desc} {percentage:3.0f}%{postfix} |{bar}|"
+            self.bars[job] = self.bar(total=self.expected[job][1], desc=str(job), bar_format=one_run)
+        bar, new, self.batches[job] = self.bars[job], batches - self.batches[job], batches
         if row and bar.disable:
             names = dict.fromkeys(["loss", TASKS[job.task].metrics[0].name])
             values = ", ".join(f"{name} {row['train'][name]:.4g}/{row['validation'][name]:.4g}" for name in names)
-            done = sum(self.batches[each] / n * s for each, (s, n) in self.expected.items())
+            done = sum(self.batches[each] * seconds for each, (seconds, _) in self.expected.items())
             left = tqdm.format_interval((time.monotonic() - self.start_time) * (self.total / done - 1))
             runs = [each for each in self.expected if each.model != BASELINES]
             place = f"run {runs.index(job) + 1} of {len(runs)}, {left} left"
             print(f"{job}  epoch {row['epoch']:2d}  train/val {values}  ({place})", file=sys.stderr, flush=True)
         elif row:
             bar.set_postfix_str(f"epoch {row['epoch']}, validation loss {row['validation']['loss']:.4f}", refresh=False)
-        self.overall.update(seconds * new / total)
+        self.overall.update(self.expected[job][0] * new)
         bar.update(new)  # draws a few times a second at most
 
     def finish(self, job: Job, error: Exception | None) -> None:
@@ -1976,10 +1961,11 @@ def undisturbed(start: Callable[[], object]) -> None:
 
 def run_in_children(jobs: Iterable[Job], work: Callable, progress: Progress, workers: int) -> None:
     """Carry out `workers` runs at a time, each in a process of its own; all have ended when this returns or raises."""
-    for name, value in KEEP_MEMORY.items():
-        os.environ.setdefault(name, value)
-    forks = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
-    context, waiting, running = multiprocessing.get_context("forkserver" if forks else "spawn"), deque(jobs), {}
+    # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was page faults
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    waiting, running = deque(jobs), {}
     context.set_forkserver_preload(["torch._dynamo", "torch.utils.data", "pandas", "matplotlib.figure", "tqdm.auto"])
     try:
         while waiting or running:
@@ -1990,7 +1976,7 @@ def run_in_children(jobs: Iterable[Job], work: Callable, progress: Progress, wor
                 running[ours] = process, job
                 undisturbed(process.start)
                 theirs.close()
-                progress.start(job)
+                progress.update(job, 0, None)
             for ours in multiprocessing.connection.wait(list(running)):
                 process, job = running[ours]
                 try:
@@ -2558,7 +2544,6 @@ def long_range_figure(records: Records, results: pd.DataFrame) -> Figure | None:
 # Command line
 # ======================================================================================
 
-
 COLUMNS = {"text": "reviews", "label": "reviews", "series": "series"}  # that can be named, each with the file it is of
 
 
@@ -2581,11 +2566,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     def refuse(message: str) -> None:  # argparse would print the usage and end the interpreter
         raise InputError(message)
 
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    about = __doc__.partition("Shapes")[0]
-    parser = argparse.ArgumentParser(prog="pytorch_rnn_models.py", description=about, **form)
+    about = {"description": __doc__.partition("Shapes")[0], "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("pytorch_rnn_models.py", allow_abbrev=False, **about)
     parser.error = refuse
     whole, positive = (partial(number, least=least, kind=int) for least in (0, 1))
+    rate, warmth = partial(number, least=1e-6, most=1), partial(number, least=0, most=100)
     add = parser.add_argument_group("what is trained").add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="any of %(choices)s")
     add("--models", nargs="+", choices=MODEL_NAMES, default=MODEL_NAMES, metavar="MODEL", help="any of %(choices)s")
@@ -2593,7 +2578,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="the whole pipeline on tiny data, two epochs, in under 30 s")
     add("--match", choices=("hidden", "params"), default="hidden", help="equal hidden sizes or recurrent parameters")
     add("--tune", action="store_true", help="choose learning rates first, by validation loss")
-    rate = partial(number, least=1e-6, most=1)
     add("--learning-rate", type=rate, metavar="X", help="of all models; default: each model's own, as --tune chose it")
     add("--epochs", type=positive, metavar="N", help="cap on epochs; default: by task")
     add("--hidden-dim", type=positive, metavar="N", help="hidden units; default: 100, of the forecaster 32")
@@ -2614,7 +2598,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--benchmark", action="store_true", help="what a training step costs, beside a loop with nothing but the step")
     add("--predict", nargs=2, metavar=("CHECKPOINT", "INPUT"), help="INPUT: a text, a file, or -")
     add("--length", type=positive, metavar="N", help="words or values to continue by; default: 20")
-    warmth = partial(number, least=0, most=100)
     add("--temperature", type=warmth, metavar="X", help="of the words: 0 takes the likeliest; default: 1")
     add("--seed", type=whole, metavar="N", help="of the words that --predict draws; default: 42")
     options = parser.parse_args(argv)
@@ -2677,11 +2660,10 @@ def configure(options: argparse.Namespace) -> Config:
 def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """The processor cores that this process may use; a container may grant less than the machine has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
+    with suppress(OSError, ValueError):
         quota, period = map(int, quota_file.read_text().split())  # microseconds of all cores; or "max"
-    except (OSError, ValueError):
-        return cores
-    return max(1, min(cores, quota // period))
+        cores = max(1, min(cores, quota // period))
+    return cores
 
 
 def make_folders(directory: Path, *more: str) -> None:
@@ -2709,28 +2691,27 @@ def run_jobs(jobs: Sequence[Job], options: argparse.Namespace, config: Config, c
         return {}
     device = options.device
     workers = min(options.workers or (1 if options.quick or device.type != "cpu" else usable_cores()), len(jobs))
-    expected = dict.fromkeys(jobs, (1.0, 1))  # seconds and batches of each run; of the baselines a guess
+    expected = dict.fromkeys(jobs, (1.0, 1))  # seconds of a batch, and batches; of the baselines a guess
     for job in jobs:
         if job.model != BASELINES:
-            cost = costs[job.task][job.model]
-            batches = cost["batches_per_epoch"] * config[job.task].training.epochs
-            expected[job] = batches * cost["ms_per_step"] / 1000, batches
-    estimate = tqdm.format_interval(sum(seconds for seconds, _ in expected.values()) / workers)
+            cost, epochs = costs[job.task][job.model], config[job.task].training.epochs
+            expected[job] = cost["ms_per_step"] / 1000, cost["batches_per_epoch"] * epochs
+    estimate = tqdm.format_interval(sum(map(math.prod, expected.values())) / workers)
     runs = f"{sum(job.model != BASELINES for job in jobs)} {'tuning ' * jobs[0].tuning}runs on {device}"
     print(f"{runs}, {workers} at a time with a thread each: about {estimate} if all epochs are used", file=sys.stderr)
-    # a seed's longest first
-    jobs = sorted(jobs, key=lambda j: (options.tasks.index(j.task), options.seeds.index(j.seed), -expected[j][0]))
+    turns = list(product(options.tasks, options.seeds))  # of each the longest run first
+    jobs = sorted(jobs, key=lambda job: (turns.index((job.task, job.seed)), -math.prod(expected[job])))
     work = partial(carry_out, config=config, device=device, output_dir=options.output_dir, costs=costs)
     with closing(Progress({job: expected[job] for job in jobs})) as progress:
         if workers > 1:
             cached_data.cache_clear()  # from here on the children hold the data
             run_in_children(jobs, work, progress, workers)
-            return progress.failures
-        for job in jobs:
-            progress.start(job)
-            progress.finish(job, attempt(job, partial(progress.update, job), work))
-            gc.collect()
-            torch.cuda.empty_cache()
+        else:
+            for job in jobs:
+                progress.update(job, 0, None)
+                progress.finish(job, attempt(job, partial(progress.update, job), work))
+                gc.collect()
+                torch.cuda.empty_cache()
         return progress.failures
 
 
@@ -2742,14 +2723,14 @@ def tune(options: argparse.Namespace, config: Config, costs: Mapping) -> tuple[d
     runs have no test part: `carry_out` takes it away.
     """
     grid = list(RATES[2:4] if options.quick else RATES[1:-1])
-    models = [(task, model) for task in options.tasks for model in options.models]
+    models = list(product(options.tasks, options.models))
     outwards = {grid[0]: RATES[RATES.index(grid[0]) - 1], grid[-1]: RATES[RATES.index(grid[-1]) + 1]}
     jobs, more, failures = [], [(*model, rate) for model in models for rate in grid], []
     while more:
         new = [Job(task, model, seed, rate, True) for task, model, rate in more for seed in options.seeds]
         failures += run_jobs(new, options, config, costs).values()
         jobs += new
-        table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True)[0])
+        table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True)[0].values())
         rates = table[table["chosen"]].set_index(["task", "model"])["learning_rate"].to_dict()
         more = [(*model, outwards[rate]) for model, rate in rates.items() if rate in outwards]
         outwards = {}
@@ -2772,7 +2753,7 @@ def train(options: argparse.Namespace, config: Config) -> int:
         costs[name] = step_costs(name, options, config[name], steps=2, rounds=2)
     make_folders(options.output_dir, *["runs/tuning"] * options.tune)
     print(*look, sep="\n", file=sys.stderr)
-    models = [(task, model) for task in options.tasks for model in options.models]
+    models = list(product(options.tasks, options.models))
     rates = {(task, model): getattr(config[task].learning_rates, base_name(model)) for task, model in models}
     failed = 0
     if options.tune:
@@ -2810,14 +2791,14 @@ class Results(NamedTuple):
 def report(config: Config, output_dir: Path, failed: int) -> Results:
     """Tables and figures from the records in `output_dir`; `failed` runs are not there."""
     records, others = read_records(output_dir, config)
-    trained = [record for record in records if "history" in record]
+    trained = [record for record in records.values() if "history" in record]
     if not trained:
         if failed:  # each was named
             raise RuntimeError("no run came to its end")
         where = f"no records in {output_dir / 'runs'} of trained models with the configuration asked for; train first"
         raise InputError(where + f" (the folder holds runs of: {'; '.join(sorted(others))})" * bool(others))
     warn(f"the folder also holds runs of: {each}" for each in sorted(others))
-    results, runs = results_table(records), runs_table(trained)
+    results, runs = results_table(records.values()), runs_table(trained)
     models, verdicts = runs.drop_duplicates(["task", "model"], ignore_index=True), compare(results)
     summary = summarise(results[results["subset"] == ALL])
     tables = {"runs": runs[RUN_COLUMNS], "comparisons": verdicts, "history": history_table(trained)}
@@ -2834,14 +2815,14 @@ def report(config: Config, output_dir: Path, failed: int) -> Results:
     texts = {}
     for task in (TASKS[name] for name in models["task"].unique()):
         of_task = [record for record in trained if record["task"] == task.name]
-        both = [record for record in records if record["task"] == task.name]
+        both = [record for record in records.values() if record["task"] == task.name]
         texts[task.name] = task_text(task, both, results, runs, verdicts)
         figures[f"{task.name}_training_history"] = partial(training_history_figure, of_task, task)
         if "forecasts" in of_task[0]["evidence"]:
             figures["time_series_predictions"] = partial(forecasts_figure, of_task, results)
         if "confusion" in of_task[0]["evidence"]:
             figures[f"{task.name}_errors"] = partial(errors_figure, of_task)
-    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, texts, models))
+    write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records.values(), texts, models))
     drawn, broken = draw(output_dir, figures)
     print(*texts.values(), parameters_text(models), sep="\n\n")
     print(f"\nTables, figures, records and models are in {output_dir.resolve()}")
@@ -2870,12 +2851,12 @@ def obey(options: argparse.Namespace) -> Results | None:
     if options.predict:
         path, source = options.predict
         print(load_checkpoint(path).describe(source, options))
-        return None
-    config = configure(options)
-    if options.benchmark:
-        benchmark(options, config)
-        return None
-    return report(config, options.output_dir, 0 if options.report else train(options, config))
+    elif options.benchmark:
+        benchmark(options, configure(options))
+    else:
+        config = configure(options)
+        return report(config, options.output_dir, 0 if options.report else train(options, config))
+    return None
 
 
 def run(**options: object) -> Results | None:
