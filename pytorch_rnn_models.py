@@ -44,8 +44,7 @@ import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
 from itertools import combinations, product
@@ -1943,20 +1942,24 @@ def run_in_child(parent: multiprocessing.connection.Connection, job: Job, work: 
         parent.send((None, attempt(job, send, work)))
 
 
-def undisturbed(start: Callable[[], object]) -> None:
-    """Call `start`; Ctrl-C and SIGTERM wait for its end, and processes that are started in it never hear of them.
-
-    It is called in another thread: signals interrupt only the main one, and processes inherit which are blocked.
-    """
-
-    def call() -> None:
-        if hasattr(signal, "pthread_sigmask"):  # not on Windows
-            resource_tracker.ensure_running()  # else the first process starts it, and that takes the mask away
-            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        start()
-
-    with ThreadPoolExecutor(1) as thread:  # its end waits for the thread's
-        thread.submit(call).result()
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block; processes that are started in it never hear of them."""
+    came, numbers, posix = [], (signal.SIGINT, signal.SIGTERM), hasattr(signal, "pthread_sigmask")
+    if posix:  # children inherit the mask; other threads of this process do not, hence the handlers
+        resource_tracker.ensure_running()  # else the first process starts it, and that takes the mask away
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    main = threading.current_thread() is threading.main_thread()  # only there can a signal be listened to
+    handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers if main}
+    try:
+        yield
+    finally:
+        if posix:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def run_in_children(jobs: Iterable[Job], work: Callable, progress: Progress, workers: int) -> None:
@@ -1973,8 +1976,9 @@ def run_in_children(jobs: Iterable[Job], work: Callable, progress: Progress, wor
                 job = waiting.popleft()
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=run_in_child, args=(theirs, job, work), daemon=True)
-                running[ours] = process, job
-                undisturbed(process.start)
+                with signals_held():
+                    process.start()
+                    running[ours] = process, job
                 theirs.close()
                 progress.update(job, 0, None)
             for ours in multiprocessing.connection.wait(list(running)):
@@ -1995,9 +1999,8 @@ def run_in_children(jobs: Iterable[Job], work: Callable, progress: Progress, wor
                     progress.update(job, batches, news)
     finally:
         for process, _ in running.values():
-            if process.pid:  # it has been started
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
 
 
 # ======================================================================================

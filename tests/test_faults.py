@@ -187,17 +187,13 @@ def test_signals_wait_for_the_end_of_the_block_and_children_do_not_hear_ctrl_c()
     passed, script = [], "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     done = threading.Event()
-
-    def block():
-        os.kill(os.getpid(), signal.SIGINT)
-        passed.append(subprocess.run([sys.executable, "-c", script]).returncode)
-
     other = threading.Thread(target=done.wait)  # as the progress bar has one, which could hear the signal instead
     other.start()
     try:
         hear_interrupts()
-        with pytest.raises(KeyboardInterrupt):
-            rnn.undisturbed(block)
+        with pytest.raises(KeyboardInterrupt), rnn.signals_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            passed.append(subprocess.run([sys.executable, "-c", script]).returncode)
         assert passed == [0] and signal.getsignal(signal.SIGINT) == signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before[0])
