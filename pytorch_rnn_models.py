@@ -1789,7 +1789,7 @@ def read_records(output_dir: Path, config: Config, tuning: bool = False) -> tupl
 
 def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Job]:
     """Those of the runs that lack their record, or the model that belongs to it; what does not count is named."""
-    (records, _), rest = read_records(output_dir, config, jobs[0].tuning), []
+    records, rest = read_records(output_dir, config, jobs[0].tuning)[0], []
     for job in jobs:
         finished = job in records
         if finished and job.model != BASELINES and not job.tuning:
@@ -2645,7 +2645,7 @@ def configure(options: argparse.Namespace) -> Config:
     config = dict(QUICK if options.quick else DEFAULT)
     for name, task in config.items():
         file = TASKS[name].file_option
-        columns = [f"{column}_column" for column, of in COLUMNS.items() if of == file]
+        columns = [f"{column}_column" for column, its_file in COLUMNS.items() if its_file == file]
         knobs = [knob for knob in ("hidden_dim", "window") if hasattr(task, knob)]
         given = {key: value for key in (file, "epochs", *columns, *knobs) if (value := getattr(options, key))}
         changes = {knob: given[knob] for knob in knobs if knob in given}
@@ -2725,7 +2725,7 @@ def tune(options: argparse.Namespace, config: Config, costs: Mapping) -> tuple[d
     all seeds is left out. Writes the table and the figure; returns also how many runs failed but by divergence. The
     runs have no test part: `carry_out` takes it away.
     """
-    grid = list(RATES[2:4] if options.quick else RATES[1:-1])
+    grid = RATES[2:4] if options.quick else RATES[1:-1]
     models = list(product(options.tasks, options.models))
     outwards = {grid[0]: RATES[RATES.index(grid[0]) - 1], grid[-1]: RATES[RATES.index(grid[-1]) + 1]}
     jobs, more, failures = [], [(*model, rate) for model in models for rate in grid], []
@@ -2747,7 +2747,7 @@ def tune(options: argparse.Namespace, config: Config, costs: Mapping) -> tuple[d
 
 def train(options: argparse.Namespace, config: Config) -> int:
     """Every run that the options ask for; returns how many failed."""
-    look, costs = [], {}  # at the data; what cannot be used is to be said before anything else
+    costs, look = {}, []  # at the data; what cannot be used is to be said before anything else
     for name in options.tasks:
         data = cached_data(name, config[name], options.seeds[0], options.device)
         about = f"{TASKS[name].title}, the data of seed {options.seeds[0]}: {facts_text(data.facts)}"
@@ -2836,9 +2836,9 @@ def benchmark(options: argparse.Namespace, config: Config) -> None:
     """Measure what a step costs, print it and write it to a file."""
     make_folders(options.output_dir)
     print("measuring; this takes about a minute on an idle machine", file=sys.stderr)
-    rows, (steps, rounds) = [], (2, 2) if options.quick else (5, 30)
+    rows, repeats = [], {"steps": 2, "rounds": 2} if options.quick else {"steps": 5, "rounds": 30}
     for task in options.tasks:
-        costs = step_costs(task, options, config[task], steps, rounds)
+        costs = step_costs(task, options, config[task], **repeats)
         rows += [{"task": task, "model": name} | cost for name, cost in costs.items()]
     columns = [f"{prefix}{unit}" for prefix in ("", "bare_") for unit in ("ms_per_step", "samples_per_second")]
     table = pd.DataFrame(rows)[["task", "model", *columns, "overhead", "kernel"]]
