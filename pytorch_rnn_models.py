@@ -46,7 +46,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import combinations, product
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -1535,8 +1535,6 @@ EVIDENCE = {  # task: (task, trained model, untrained model, data, predictions) 
 BASELINES = "baselines"  # stands for a model where there is nothing to train
 NO_GUARD = 64  # exit status of a child that would begin everything again: the user's script has no guard
 MATCHED = "-matched"  # marks a model whose recurrent parameters match the LSTM's
-# for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was page faults
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 
 class Job(NamedTuple):
@@ -1571,8 +1569,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def base_name(model: str) -> str:
@@ -1632,52 +1629,44 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def job_of(record: Mapping, tuning: bool = False) -> Job:
-    """The run that a record is of; raises KeyError."""
-    return Job(*(record[name] for name in ("task", "model", "seed", "learning_rate")), tuning)
-
-
 def settings(config: TaskConfig) -> dict:
     """A configuration as its record holds it; of a user's file the name and the content, not the place."""
     values = json.loads(json.dumps(asdict(config)))  # tuples are lists in a record
-    del values["learning_rates"], values["training"]["learning_rate"]  # a run has its own, beside its configuration
-    del values["options"]
+    del values["options"], values["learning_rates"], values["training"]["learning_rate"]  # a run has its own rate
     if values["file"]:
         values["file"]["path"] = Path(values["file"]["path"]).name
     return values
 
 
-def read_records(output_dir: Path, config: Config, tuning: bool = False) -> tuple[list[dict], set[str]]:
+def read_records(output_dir: Path, config: Config, tuning: bool = False) -> tuple[dict[Job, dict], set[str]]:
     """The records in `output_dir` of runs with this configuration, by task, model and seed, baselines last; and the
     options that lead to the other configurations that are there."""
     records, others, models = {}, set(), [*MODEL_NAMES, *(name + MATCHED for name in MODEL_NAMES), BASELINES]
     for path in (output_dir / "runs").glob("tuning/*.json" if tuning else "*.json"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            job = job_of(record, tuning)
+            job = Job(*(record[name] for name in ("task", "model", "seed", "learning_rate")), tuning)
             require(path == job.file(output_dir), "the record of another run")
-            order = list(TASKS).index(job.task), models.index(job.model), job.seed, job.learning_rate if tuning else 0
+            order = list(TASKS).index(job.task), models.index(job.model), job.seed, job.learning_rate
             require("environment" in record and ("history" in record) != ("references" in record), "nothing measured")
             if record["configuration"] == settings(config[job.task]):
-                records[order] = record
+                records[order] = job, record
             else:
                 others.add(record["options"])
         except (ValueError, KeyError, TypeError, OSError, RecursionError):
             print(f"{path} is not the whole record of a run of this version; it is left out", file=sys.stderr)
-    return [records[order] for order in sorted(records)], others
+    return dict(records[order] for order in sorted(records)), others
 
 
 def unfinished(jobs: Sequence[Job], output_dir: Path, config: Config) -> list[Job]:
     """Those of the runs that lack their record, or the model that belongs to it; what does not count is named."""
-    tuning, rest = any(job.tuning for job in jobs), []
-    records = {job_of(record, tuning): record for record in read_records(output_dir, config, tuning)[0]}
+    records, rest = read_records(output_dir, config, jobs[0].tuning)[0], []
     for job in jobs:
-        finished = job in records and (tuning or job.model == BASELINES)
-        with suppress(InputError):
-            if job in records and not finished:
-                model = load_checkpoint(job.file(output_dir, "models"))
-                of_class = type(model) is TASKS[job.task].models[base_name(job.model)]
-                finished = of_class and model.metrics == records[job]["test"]
+        finished = job in records
+        if finished and job.model != BASELINES and not job.tuning:
+            finished = False
+            with suppress(InputError):
+                finished = load_checkpoint(job.file(output_dir, "models")).metrics == records[job]["test"]
         if not finished:
             rest.append(job)
             if (path := job.file(output_dir)).exists():
@@ -1696,20 +1685,19 @@ def cached_data(task_name: str, config: TaskConfig, seed: int, device: torch.dev
         raise InputError(f"{config.file.path}: {error}" if config.file else str(error)) from error
 
 
-def carry_out(
-    job: Job, progress: Watch, config: Config, device: torch.device, output_dir: Path, costs: Mapping
-) -> None:
+def carry_out(job: Job, watch: Watch, config: Config, device: torch.device, output_dir: Path, costs: Mapping) -> None:
     """Train and test one model, or measure the baselines; leaves the record, and of a model the checkpoint.
 
     The record holds all that tables and figures are made from; `costs` goes into it. Raises TrainingDiverged.
     """
+    prepare_device(device)
     task, config = TASKS[job.task], config[job.task]
     data = cached_data(job.task, config, job.seed, device)
 
     def scores(loss: np.ndarray, score: np.ndarray) -> dict[str, dict]:
-        subsets = {name: mask for name, mask in data.subsets.items() if mask.any()}
-        by_subset = {name: task.measure(loss[mask], score[mask], data.unit) for name, mask in subsets.items()}
-        return {"test": task.measure(loss, score, data.unit), "subsets": by_subset}
+        masks = {name: mask for name, mask in data.subsets.items() if mask.any()}
+        subsets = {name: task.measure(loss[mask], score[mask], data.unit) for name, mask in masks.items()}
+        return {"test": task.measure(loss, score, data.unit), "subsets": subsets}
 
     # what the numbers may depend on beside the configuration and the seed
     environment = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -1721,8 +1709,7 @@ def carry_out(
     for kind in ("runs", "predictions"):  # those of another configuration must not stand beside this model
         job.file(output_dir, kind).unlink(missing_ok=True)
     if job.model == BASELINES:
-        record["facts"] = {name: float(value) for name, value in data.facts.items()}
-        record["doubts"] = list(data.doubts)
+        record |= {"facts": {name: float(value) for name, value in data.facts.items()}, "doubts": list(data.doubts)}
         references = [*data.baselines(), *data.ceiling]
         record["references"] = [{"name": r.name, "kind": r.kind} | scores(r.loss, r.score) for r in references]
     else:
@@ -1730,7 +1717,7 @@ def carry_out(
         training = replace(config.training, learning_rate=job.learning_rate)
         if job.tuning:
             data = replace(data, test=None)
-        record["history"] = fit(model.to(device), task, data, training, job.seed, progress)
+        record["history"] = fit(model.to(device), task, data, training, job.seed, watch)
         if not job.tuning:
             untrained = build_model(task, job.model, config, data, job.seed)[0].to(device)
             longest, _ = data.train.__getitems__(data.train.lengths.topk(2).indices)
@@ -1757,16 +1744,17 @@ def carry_out(
 class Progress:
     """What the user sees: a bar for everything, with the time left, above one for each run that is being trained.
 
-    Without a terminal or notebook, a line per epoch. `expected`: seconds and batches of each run, all its epochs used.
+    Without a terminal or notebook, a line per epoch. `expected`: of each run, in the order of their start, the seconds
+    that a batch takes and the batches of all its epochs.
     """
 
     def __init__(self, expected: Mapping[Job, tuple[float, int]]):
         self.expected, self.bars, self.failures, self.start_time = expected, {}, {}, time.monotonic()
-        self.places, self.batches = {}, dict.fromkeys(expected, 0)  # in the order of their start; that are done
+        self.batches = dict.fromkeys(expected, 0)  # that are done
         notebook = any(parent.__module__ == "tqdm.notebook" for parent in tqdm.__mro__)
         self.bar = partial(tqdm, disable=not (notebook or sys.stderr.isatty()), leave=False, dynamic_ncols=True)
         everything = "{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left"
-        self.total = sum(seconds for seconds, _ in expected.values()) * (1 + 1e-9)  # rounding must not pass it
+        self.total = sum(map(math.prod, expected.values())) * (1 + 1e-9)  # rounding must not pass it
         self.overall = self.bar(total=self.total, desc="all runs", bar_format=everything)
 
     def close(self) -> None:
@@ -1776,115 +1764,53 @@ class Progress:
         for job, failure in self.failures.items():
             print(f"failed: {job}: {failure}", file=sys.stderr)
 
-    def start(self, job: Job) -> None:
-        """Show the bar of a run, in the first free line."""
-        one_run = "{desc} {percentage:3.0f}%{postfix} |{bar}|"
-        self.bars[job] = self.bar(total=self.expected[job][1], desc=str(job), bar_format=one_run)
-        if job.model != BASELINES:
-            self.places[job] = len(self.places) + 1
-
     def update(self, job: Job, batches: int, row: Mapping | None) -> None:
-        """Show that a run has come to `batches` batches, and the row of an epoch that it has ended."""
-        bar, (seconds, total), new = self.bars[job], self.expected[job], batches - self.batches[job]
-        self.batches[job] = batches
+        """Show that a run has come to `batches` batches, 0 at its start, and the row of an epoch that it has ended."""
+        if job not in self.bars:
+            one_run = "{desc} {percentage:3.0f}%{postfix} |{bar}|"
+            self.bars[job] = self.bar(total=self.expected[job][1], desc=str(job), bar_format=one_run)
+        bar, new, self.batches[job] = self.bars[job], batches - self.batches[job], batches
         if row and bar.disable:
             names = dict.fromkeys(["loss", TASKS[job.task].metrics[0].name])
             values = ", ".join(f"{name} {row['train'][name]:.4g}/{row['validation'][name]:.4g}" for name in names)
-            done = sum(self.batches[each] / n * s for each, (s, n) in self.expected.items())
-            left = (time.monotonic() - self.start_time) * (self.total / done - 1)
-            runs = sum(each.model != BASELINES for each in self.expected)
-            place = f"run {self.places[job]} of {runs}, {tqdm.format_interval(left)} left"
+            done = sum(self.batches[each] * seconds for each, (seconds, _) in self.expected.items())
+            left = tqdm.format_interval((time.monotonic() - self.start_time) * (self.total / done - 1))
+            runs = [each for each in self.expected if each.model != BASELINES]
+            place = f"run {runs.index(job) + 1} of {len(runs)}, {left} left"
             print(f"{job}  epoch {row['epoch']:2d}  train/val {values}  ({place})", file=sys.stderr, flush=True)
         elif row:
             bar.set_postfix_str(f"epoch {row['epoch']}, validation loss {row['validation']['loss']:.4f}", refresh=False)
-        self.overall.update(seconds * new / total)
+        self.overall.update(self.expected[job][0] * new)
         bar.update(new)  # draws a few times a second at most
 
-    def finish(self, job: Job, failure: str | Exception) -> None:
+    def finish(self, job: Job, error: Exception | None) -> None:
         """Count a run as done, however early it stopped; an error that is no failure of this run alone is raised."""
-        if isinstance(failure, Exception):
-            raise failure
-        if failure:
-            self.failures[job] = failure
+        if isinstance(error, (RuntimeError, MemoryError)):
+            self.failures[job] = first_line(error)
+        elif error:
+            raise error
         self.update(job, self.expected[job][1], None)
         self.bars.pop(job).close()
 
 
-def attempt(job: Job, progress: Watch, work: Callable) -> str | Exception:
-    """Carry out a run; returns, if it failed by divergence or a lack of memory, how, and any other error as it is."""
+def attempt(job: Job, watch: Watch, work: Callable) -> Exception | None:
+    """Carry out a run; returns the error that ended it, if one did."""
     try:
-        work(job, progress)
-    except (RuntimeError, MemoryError) as error:
-        return first_line(error)
+        work(job, watch)
     except Exception as error:
         return error
-    return ""
+    return None
 
 
-def run_here(jobs: Sequence[Job], work: Callable, progress: Progress) -> None:
-    """Carry out one run after the other in this process."""
-    for job in jobs:
-        progress.start(job)
-        progress.finish(job, attempt(job, partial(progress.update, job), work))
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-
-def run_in_child(parent: multiprocessing.connection.Connection, job: Job, work: Callable, device: torch.device) -> None:
+def run_in_child(parent: multiprocessing.connection.Connection, job: Job, work: Callable) -> None:
     """Carry out one run in a process of its own; it ends when its parent is gone, for then nobody listens."""
-    prepare_device(device)
-    last = 0.0
 
     def send(batches: int, row: Mapping | None) -> None:
-        nonlocal last
-        if row or time.monotonic() - last > 0.2:
-            last = time.monotonic()
+        if row or batches % 10 == 0:  # else the news of many children would keep the parent busy
             parent.send((batches, row))
 
     with suppress(ConnectionError):
         parent.send((None, attempt(job, send, work)))
-
-
-def run_in_children(
-    jobs: Sequence[Job], work: Callable, progress: Progress, workers: int, device: torch.device
-) -> None:
-    """Carry out `workers` runs at a time, each in a process of its own; all have ended when this returns or raises."""
-    for name, value in KEEP_MEMORY.items():
-        os.environ.setdefault(name, value)
-    forks = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
-    context, waiting, running = multiprocessing.get_context("forkserver" if forks else "spawn"), deque(jobs), {}
-    context.set_forkserver_preload(["torch._dynamo", "torch.utils.data", "pandas", "matplotlib.figure", "tqdm.auto"])
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.popleft()
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=run_in_child, args=(theirs, job, work, device), daemon=True)
-                with signals_held():
-                    process.start()
-                    running[ours] = process, job
-                theirs.close()
-                progress.start(job)
-            for ours in multiprocessing.connection.wait(list(running)):
-                process, job = running[ours]
-                try:
-                    batches, news = ours.recv()
-                except (EOFError, OSError):  # it has ended, after its last message or before
-                    process.join()
-                    del running[ours]
-                    batches, news = None, f"its process ended with status {process.exitcode}; killed, or out of memory?"
-                if process.exitcode == NO_GUARD:
-                    raise InputError('call main() or run() under `if __name__ == "__main__":`, or with one worker')
-                if batches is not None:
-                    progress.update(job, batches, news)
-                elif job in progress.bars:
-                    progress.finish(job, news)
-    finally:
-        for process, _ in running.values():
-            process.kill()
-        for process, _ in running.values():
-            process.join()
 
 
 @contextmanager
@@ -1905,6 +1831,47 @@ def signals_held() -> Iterator[None]:
             signal.signal(number, handler)
         for number in came[:1]:
             signal.raise_signal(number)
+
+
+def run_in_children(jobs: Iterable[Job], work: Callable, progress: Progress, workers: int) -> None:
+    """Carry out `workers` runs at a time, each in a process of its own; all have ended when this returns or raises."""
+    # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was page faults
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    waiting, running = deque(jobs), {}
+    context.set_forkserver_preload(["torch._dynamo", "torch.utils.data", "pandas", "matplotlib.figure", "tqdm.auto"])
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.popleft()
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=run_in_child, args=(theirs, job, work), daemon=True)
+                with signals_held():
+                    process.start()
+                    running[ours] = process, job
+                theirs.close()
+                progress.update(job, 0, None)
+            for ours in multiprocessing.connection.wait(list(running)):
+                process, job = running[ours]
+                try:
+                    batches, news = ours.recv()
+                except (EOFError, OSError):  # it has ended without a last message
+                    process.join()
+                    ended = f"its process ended with status {process.exitcode}; killed, or out of memory?"
+                    batches, news = None, RuntimeError(ended)
+                if process.exitcode == NO_GUARD:
+                    raise InputError('call main() or run() under `if __name__ == "__main__":`, or with one worker')
+                if batches is None:
+                    process.join()
+                    del running[ours]
+                    progress.finish(job, news)
+                else:
+                    progress.update(job, batches, news)
+    finally:
+        for process, _ in running.values():
+            process.kill()
+            process.join()
 
 
 # ======================================================================================
@@ -2407,6 +2374,8 @@ def long_range_figure(runs: pd.DataFrame, results: pd.DataFrame) -> Figure | Non
 # Command line
 # ======================================================================================
 
+COLUMNS = {"text": "reviews", "label": "reviews", "series": "series"}  # that can be named, each with the file it is of
+
 
 def number(text: str, least: float, most: float = math.inf, kind: type = float) -> float:
     """An argument type: a number of a kind, from `least` to `most`."""
@@ -2414,9 +2383,8 @@ def number(text: str, least: float, most: float = math.inf, kind: type = float) 
     with suppress(ValueError):
         value = kind(text)
     if not least <= value <= most:
-        what, span = "whole number" if kind is int else "number", f"from {least:g} to {most:g}"
-        span = span if most < math.inf else f"of {least} or more"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {span}")
+        span = f"from {least:g} to {most:g}" if most < math.inf else f"of {least} or more"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number' if kind is int else 'number'} {span}")
     return value
 
 
@@ -2428,11 +2396,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     def refuse(message: str) -> None:  # argparse would print the usage and end the interpreter
         raise InputError(message)
 
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    about = __doc__.partition("Shapes")[0]
-    parser = argparse.ArgumentParser(prog="pytorch_rnn_models.py", description=about, **form)
+    about = {"description": __doc__.partition("Shapes")[0], "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("pytorch_rnn_models.py", allow_abbrev=False, **about)
     parser.error = refuse
     whole, positive = (partial(number, least=least, kind=int) for least in (0, 1))
+    rate, warmth = partial(number, least=1e-6, most=1), partial(number, least=0, most=100)
     add = parser.add_argument_group("what is trained").add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="any of %(choices)s")
     add("--models", nargs="+", choices=MODEL_NAMES, default=MODEL_NAMES, metavar="MODEL", help="any of %(choices)s")
@@ -2440,7 +2408,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="the whole pipeline on tiny data, two epochs, in under 30 s")
     add("--match", choices=("hidden", "params"), default="hidden", help="equal hidden sizes or recurrent parameters")
     add("--tune", action="store_true", help="choose learning rates first, by validation loss")
-    rate = partial(number, least=1e-6, most=1)
     add("--learning-rate", type=rate, metavar="X", help="of all models; default: each model's own, as --tune chose it")
     add("--epochs", type=positive, metavar="N", help="cap on epochs; default: by task")
     add("--hidden-dim", type=positive, metavar="N", help="hidden units; default: 100, of the forecaster 32")
@@ -2449,8 +2416,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--reviews", metavar="FILE.csv", help="for the classifier: a column of texts and one of labels")
     add("--corpus", metavar="FILE.txt", help="for the predictor: plain text, UTF-8")
     add("--series", metavar="FILE.csv", help="for the forecaster: a column of numbers, in order of time")
-    for name, usual in (("text", "text, review"), ("label", "label, sentiment"), ("series", "the only numeric one")):
-        add(f"--{name}-column", metavar="NAME", help=f"default: {usual}")
+    for column, usual in zip(COLUMNS, ("text, review", "label, sentiment", "the only numeric one")):
+        add(f"--{column}-column", metavar="NAME", help=f"default: {usual}")
     add = parser.add_argument_group("how and where").add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA if there is one")
     add("--workers", type=positive, metavar="N", help="runs at a time; default: as many as cores")
@@ -2461,23 +2428,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--benchmark", action="store_true", help="what a training step costs, beside a loop with nothing but the step")
     add("--predict", nargs=2, metavar=("CHECKPOINT", "INPUT"), help="INPUT: a text, a file, or -")
     add("--length", type=positive, metavar="N", help="words or values to continue by; default: 20")
-    warmth = partial(number, least=0, most=100)
     add("--temperature", type=warmth, metavar="X", help="of the words: 0 takes the likeliest; default: 1")
     add("--seed", type=whole, metavar="N", help="of the words that --predict draws; default: 42")
     options = parser.parse_args(argv)
 
     # what goes with what
     for name, default in (("length", 20), ("temperature", 1.0), ("seed", 42)):
-        given = getattr(options, name)
-        if given is not None and not options.predict:
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif not options.predict:
             raise InputError(f"--{name} goes with --predict" + "; for training there is --seeds" * (name == "seed"))
-        setattr(options, name, default if given is None else given)
-    modes = [f"--{name}" for name in ("report", "benchmark", "predict") if getattr(options, name)]
-    modes += ["--tune"] * (options.tune and bool(modes))
-    modes += ["--tune", "--learning-rate"] * (options.tune and options.learning_rate is not None)
+    modes = [f"--{name}" for name in ("report", "benchmark", "predict", "tune") if getattr(options, name)]
+    modes += ["--learning-rate"] * (options.tune and options.learning_rate is not None)
     if len(modes) > 1:
-        raise InputError(f"{' and '.join(dict.fromkeys(modes))} cannot go together")
-    for column, file in (("text", "reviews"), ("label", "reviews"), ("series", "series")):
+        raise InputError(f"{' and '.join(modes)} cannot go together")
+    for column, file in COLUMNS.items():
         if getattr(options, f"{column}_column") and getattr(options, file) is None and not options.predict:
             raise InputError(f"--{column}-column goes with --{file} or --predict")
     options.seeds = list(dict.fromkeys(options.seeds or (DEFAULT_SEEDS[:1] if options.quick else DEFAULT_SEEDS)))
@@ -2486,48 +2451,49 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.models = [name + MATCHED * (options.match == "params" and name != "LSTM") for name in names]
     if options.window and not any(hasattr(DEFAULT[name], "window") for name in options.tasks):
         raise InputError("--window is for predictor and forecaster, which --tasks leaves out")
-    files = {task.name: getattr(options, task.file_option) for task in TASKS.values()}
-    options.files = {task: path for task, path in files.items() if path is not None}
-    for task in options.files:
-        if task not in options.tasks:
-            raise InputError(f"--{TASKS[task].file_option} is for the task {task}, which --tasks leaves out")
-    stems = [re.sub(r"(?i)(\.csv|\.txt)?(\.gz)?$", "", Path(name).name) for name in options.files.values()]
+    stems = []
+    for task in TASKS.values():
+        if (path := getattr(options, task.file_option)) is not None:
+            stems.append(re.sub(r"(?i)(\.csv|\.txt)?(\.gz)?$", "", Path(path).name))
+            if task.name not in options.tasks:
+                raise InputError(f"--{task.file_option} is for the task {task.name}, which --tasks leaves out")
     default = "quick" if options.quick else "_".join(["own", *stems]) if stems else ""
     options.output_dir = options.output_dir or Path("outputs", default)
+    here = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    name = here[0] if options.device == "auto" else options.device
+    if name not in here:
+        raise InputError(f"--device {name}: there is none here; choose from {', '.join(sorted(here))}, or auto")
+    options.device = torch.device(name)
     return options
 
 
 def configure(options: argparse.Namespace) -> Config:
     """The configuration of each task that the options ask for; raises InputError."""
     config = dict(QUICK if options.quick else DEFAULT)
-    columns = {CLASSIFIER.name: ("text_column", "label_column"), FORECASTER.name: ("series_column",)}
     for name, task in config.items():
-        changes = {"training": replace(task.training, epochs=options.epochs or task.training.epochs)}
-        given = {TASKS[name].file_option: options.files.get(name), "epochs": options.epochs}
-        if name in options.files:
-            named = {column: getattr(options, column) for column in columns.get(name, ())}
-            changes["file"] = user_file(options.files[name], [column or "" for column in named.values()])
-            given |= {column.replace("_", "-"): value for column, value in named.items()}
-        for knob in ("hidden_dim", "window"):
-            if getattr(options, knob) and hasattr(task, knob):
-                given[knob.replace("_", "-")] = changes[knob] = getattr(options, knob)
+        file = TASKS[name].file_option
+        columns = [f"{column}_column" for column, its_file in COLUMNS.items() if its_file == file]
+        knobs = [knob for knob in ("hidden_dim", "window") if hasattr(task, knob)]
+        given = {key: value for key in (file, "epochs", *columns, *knobs) if (value := getattr(options, key))}
+        changes = {knob: given[knob] for knob in knobs if knob in given}
+        changes["training"] = replace(task.training, epochs=options.epochs or task.training.epochs)
+        if (path := getattr(options, file)) is not None:
+            changes["file"] = user_file(path, [given.get(column, "") for column in columns])
         if options.learning_rate:
             changes["learning_rates"] = LearningRates(*[options.learning_rate] * len(LearningRates._fields))
-        spelled = ["--quick"] * options.quick + [
-            f"--{key} {shlex.quote(str(value))}" for key, value in given.items() if value
-        ]
-        config[name] = replace(task, options=" ".join(spelled) or "no options", **changes)
+        spelled = [f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in given.items()]
+        spelled = " ".join(["--quick"] * options.quick + spelled) or "no options"
+        config[name] = replace(task, options=spelled, **changes)
     return config
 
 
 def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """The processor cores that this process may use; a container may grant less than the machine has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
+    with suppress(OSError, ValueError):
         quota, period = map(int, quota_file.read_text().split())  # microseconds of all cores; or "max"
-    except (OSError, ValueError):
-        return cores
-    return max(1, min(cores, quota // period))
+        cores = max(1, min(cores, quota // period))
+    return cores
 
 
 def make_folders(directory: Path, *more: str) -> None:
@@ -2540,71 +2506,64 @@ def make_folders(directory: Path, *more: str) -> None:
         raise OSError(f"--output-dir {directory}: cannot be written ({error.strerror}); choose another") from error
 
 
-def all_costs(options: argparse.Namespace, config: Config, device: torch.device, steps: int, rounds: int) -> dict:
-    """What a training step of each model costs on the data of the first seed, by task and model."""
-    costs = {}
-    for name, task in ((name, TASKS[name]) for name in options.tasks):
-        data = cached_data(name, config[name], options.seeds[0], device)
-        models = {m: build_model(task, m, config[name], data, 0)[0].to(device) for m in options.models}
-        costs[name] = measure_costs(task, models, config[name].training, data, steps, rounds)
-    return costs
+def step_costs(
+    task: Task, data: TaskData, options: argparse.Namespace, config: Config, steps: int, rounds: int
+) -> dict:
+    """What a training step of each model asked for costs on `data`."""
+    config = config[task.name]
+    models = {model: build_model(task, model, config, data, 0)[0].to(options.device) for model in options.models}
+    return measure_costs(task, models, config.training, data, steps, rounds)
 
 
-def run_jobs(
-    jobs: Sequence[Job], options: argparse.Namespace, config: Config, device: torch.device, measure: Callable[[], dict]
-) -> dict[Job, str]:
-    """Carry out what is not finished of `jobs`, several at a time; returns the runs that failed, and why.
-
-    `measure` gives the costs of a step, and is called only if there is a run to carry out.
-    """
+def run_jobs(jobs: Sequence[Job], options: argparse.Namespace, config: Config, costs: Mapping) -> dict[Job, str]:
+    """Carry out what is not finished of `jobs`, several at a time; returns the runs that failed, and why."""
     if options.resume:
         jobs = unfinished(jobs, options.output_dir, config)
     if not jobs:
         return {}
-    costs = measure()
+    device = options.device
     workers = min(options.workers or (1 if options.quick or device.type != "cpu" else usable_cores()), len(jobs))
-    expected = dict.fromkeys(jobs, (1.0, 1))  # seconds and batches of each run; of the baselines a guess
+    expected = dict.fromkeys(jobs, (1.0, 1))  # seconds of a batch, and batches; of the baselines a guess
     for job in jobs:
         if job.model != BASELINES:
-            cost, training = costs[job.task][job.model], config[job.task].training
-            batches = cost["batches_per_epoch"] * training.epochs
-            expected[job] = batches * cost["ms_per_step"] / 1000, batches
-    estimate = tqdm.format_interval(sum(seconds for seconds, _ in expected.values()) / workers)
+            cost, epochs = costs[job.task][job.model], config[job.task].training.epochs
+            expected[job] = cost["ms_per_step"] / 1000, cost["batches_per_epoch"] * epochs
+    estimate = tqdm.format_interval(sum(map(math.prod, expected.values())) / workers)
     runs = f"{sum(job.model != BASELINES for job in jobs)} {'tuning ' * jobs[0].tuning}runs on {device}"
     print(f"{runs}, {workers} at a time with a thread each: about {estimate} if all epochs are used", file=sys.stderr)
-    # a seed's longest first
-    place = {seed: i for i, seed in enumerate(options.seeds)}
-    jobs = sorted(jobs, key=lambda job: (options.tasks.index(job.task), place[job.seed], -expected[job][0]))
+    turns = list(product(options.tasks, options.seeds))  # of each the longest run first
+    jobs = sorted(jobs, key=lambda job: (turns.index((job.task, job.seed)), -math.prod(expected[job])))
     work = partial(carry_out, config=config, device=device, output_dir=options.output_dir, costs=costs)
-    with closing(Progress(expected)) as progress:
-        if workers == 1:
-            run_here(jobs, work, progress)
+    with closing(Progress({job: expected[job] for job in jobs})) as progress:
+        if workers > 1:
+            cached_data.cache_clear()
+            run_in_children(jobs, work, progress, workers)
         else:
-            cached_data.cache_clear()  # from here on the children hold the data
-            run_in_children(jobs, work, progress, workers, device)
+            for job in jobs:
+                progress.update(job, 0, None)
+                progress.finish(job, attempt(job, partial(progress.update, job), work))
+                gc.collect()
+                torch.cuda.empty_cache()
         return progress.failures
 
 
-def tune(
-    options: argparse.Namespace, config: Config, device: torch.device, measure: Callable[[], dict]
-) -> tuple[dict, int]:
+def tune(options: argparse.Namespace, config: Config, costs: Mapping) -> tuple[dict, int]:
     """Each model's learning rate, by task and model: that of the lowest mean validation loss over the seeds.
 
     All models try one grid; a rate at its edge is followed one step outwards. A model of which no rate converged on
     all seeds is left out. Writes the table and the figure; returns also how many runs failed but by divergence. The
     runs have no test part: `carry_out` takes it away.
     """
-    grid = list(RATES[2:4] if options.quick else RATES[1:-1])
-    models = [(task, model) for task in options.tasks for model in options.models]
+    grid = RATES[2:4] if options.quick else RATES[1:-1]
+    models = list(product(options.tasks, options.models))
     outwards = {grid[0]: RATES[RATES.index(grid[0]) - 1], grid[-1]: RATES[RATES.index(grid[-1]) + 1]}
-    jobs, more, rates, failures = [], [(*model, rate) for model in models for rate in grid], {}, []
+    jobs, more, failures = [], [(*model, rate) for model in models for rate in grid], []
     while more:
         new = [Job(task, model, seed, rate, True) for task, model, rate in more for seed in options.seeds]
-        failures += run_jobs(new, options, config, device, measure).values()
+        failures += run_jobs(new, options, config, costs).values()
         jobs += new
-        table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True)[0])
-        best = table[table["chosen"]].drop_duplicates(["task", "model"])
-        rates = {(row.task, row.model): row.learning_rate for row in best.itertuples()}
+        table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True)[0].values())
+        rates = table[table["chosen"]].set_index(["task", "model"])["learning_rate"].to_dict()
         more = [(*model, outwards[rate]) for model, rate in rates.items() if rate in outwards]
         outwards = {}
     write_whole(options.output_dir / "pytorch_rnn_tuning.csv", table.to_csv(index=False))
@@ -2615,25 +2574,25 @@ def tune(
     return rates, sum("the loss is not finite" not in failure for failure in failures)
 
 
-def train(options: argparse.Namespace, config: Config, device: torch.device) -> int:
+def train(options: argparse.Namespace, config: Config) -> int:
     """Every run that the options ask for; returns how many failed."""
-    look = []  # at the data; what cannot be used is to be said before anything else
-    for name in options.tasks:
-        data = cached_data(name, config[name], options.seeds[0], device)
-        about = f"{TASKS[name].title}, the data of seed {options.seeds[0]}: {facts_text(data.facts)}"
-        look += textwrap.wrap(about, 79) + [f"    {' '.join(sample.split())}"[:76] for sample in data.samples]
-        look += [f"note: {doubt}" for doubt in data.doubts]
+    # what cannot be used is to be said before anything else
+    found = {name: cached_data(name, config[name], options.seeds[0], options.device) for name in options.tasks}
     make_folders(options.output_dir, *["runs/tuning"] * options.tune)
-    print(*look, sep="\n", file=sys.stderr)
-    measure = cache(partial(all_costs, options, config, device, steps=2, rounds=2))  # once, for tuning and comparison
-    models = [(task, model) for task in options.tasks for model in options.models]
+    for name, data in found.items():
+        about = f"{TASKS[name].title}, the data of seed {options.seeds[0]}: {facts_text(data.facts)}"
+        look = textwrap.wrap(about, 79) + [f"    {' '.join(sample.split())}"[:76] for sample in data.samples]
+        print(*look, *(f"note: {doubt}" for doubt in data.doubts), sep="\n", file=sys.stderr)
+    costs = {name: step_costs(TASKS[name], data, options, config, steps=2, rounds=2) for name, data in found.items()}
+    del found, data  # from here on the runs hold the data
+    models = list(product(options.tasks, options.models))
     rates = {(task, model): getattr(config[task].learning_rates, base_name(model)) for task, model in models}
     failed = 0
     if options.tune:
-        rates, failed = tune(options, config, device, measure)
+        rates, failed = tune(options, config, costs)
     jobs = [Job(*model, seed, rate) for model, rate in rates.items() for seed in options.seeds]
     jobs += [Job(task, BASELINES, seed) for task in options.tasks for seed in options.seeds]
-    return failed + len(run_jobs(jobs, options, config, device, measure)) + len(models) - len(rates)
+    return failed + len(run_jobs(jobs, options, config, costs)) + len(models) - len(rates)
 
 
 def draw(output_dir: Path, figures: Mapping[str, Callable[[], Figure | None]]) -> tuple[dict[str, Figure], int]:
@@ -2661,11 +2620,14 @@ class Results(NamedTuple):
     failed: int = 0  # how many runs and figures failed; each was named
 
 
-def report(config: Config, output_dir: Path) -> Results:
-    """Tables and figures from the records in `output_dir`."""
-    records, others = read_records(output_dir, config)
+def report(config: Config, output_dir: Path, failed: int) -> Results:
+    """Tables and figures from the records in `output_dir`; `failed` runs are not there."""
+    by_run, others = read_records(output_dir, config)
+    records = list(by_run.values())
     trained = [record for record in records if "history" in record]
     if not trained:
+        if failed:  # each was named
+            raise RuntimeError("no run came to its end")
         where = f"no records in {output_dir / 'runs'} of trained models with the configuration asked for; train first"
         raise InputError(where + f" (the folder holds runs of: {'; '.join(sorted(others))})" * bool(others))
     sys.stderr.writelines(f"note: the folder also holds runs of: {each}\n" for each in sorted(others))
@@ -2693,19 +2655,22 @@ def report(config: Config, output_dir: Path) -> Results:
         if "confusion" in of_task["evidence"].iloc[0]:
             figures[f"{task.name}_errors"] = partial(errors_figure, of_task)
     write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, runs, texts, models))
-    drawn, failed = draw(output_dir, figures)
+    drawn, broken = draw(output_dir, figures)
     print(*texts.values(), parameters_text(models), sep="\n\n")
     print(f"\nTables, figures, records and models are in {output_dir.resolve()}")
-    return Results(results, drawn, failed)
+    return Results(results, drawn, failed + broken)
 
 
-def benchmark(options: argparse.Namespace, config: Config, device: torch.device) -> None:
+def benchmark(options: argparse.Namespace, config: Config) -> None:
     """Measure what a step costs, print it and write it to a file."""
     make_folders(options.output_dir)
     print("measuring; this takes about a minute on an idle machine", file=sys.stderr)
-    costs = all_costs(options, config, device, *((2, 2) if options.quick else (5, 30)))
+    rows, repeats = [], {"steps": 2, "rounds": 2} if options.quick else {"steps": 5, "rounds": 30}
+    for name in options.tasks:
+        data = cached_data(name, config[name], options.seeds[0], options.device)
+        costs = step_costs(TASKS[name], data, options, config, **repeats)
+        rows += [{"task": name, "model": model} | cost for model, cost in costs.items()]
     columns = [f"{prefix}{unit}" for prefix in ("", "bare_") for unit in ("ms_per_step", "samples_per_second")]
-    rows = [{"task": task, "model": name} | costs[task][name] for task in options.tasks for name in options.models]
     table = pd.DataFrame(rows)[["task", "model", *columns, "overhead", "kernel"]]
     write_whole(options.output_dir / "pytorch_rnn_benchmark.csv", table.to_csv(index=False))
     print(table.assign(overhead=table["overhead"].map("{:+.1%}".format)).to_string(index=False))
@@ -2715,25 +2680,16 @@ def obey(options: argparse.Namespace) -> Results | None:
     """Do what the options ask for; returns what came out, or None where there is nothing to show."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a child that imports the user's script
         os._exit(NO_GUARD)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = ("cuda" if there["cuda"] else "cpu") if options.device == "auto" else options.device
-    if not there[name]:
-        here = ", ".join(device for device in there if there[device])
-        raise InputError(f"--device {name}: there is none here; choose from {here}, or auto")
-    prepare_device(device := torch.device(name))
+    prepare_device(options.device)
     if options.predict:
         path, source = options.predict
         print(load_checkpoint(path).describe(source, options))
-        return None
-    config = configure(options)
-    if options.benchmark:
-        benchmark(options, config, device)
-        return None
-    failed = 0 if options.report else train(options, config, device)
-    if failed and not any("history" in record for record in read_records(options.output_dir, config)[0]):
-        raise RuntimeError("no run came to its end")  # each failure was named
-    results = report(config, options.output_dir)
-    return results._replace(failed=results.failed + failed)
+    elif options.benchmark:
+        benchmark(options, configure(options))
+    else:
+        config = configure(options)
+        return report(config, options.output_dir, 0 if options.report else train(options, config))
+    return None
 
 
 def run(**options: object) -> Results | None:

@@ -300,7 +300,6 @@ def test_rounding_takes_no_bar_past_its_end(monkeypatch):
     jobs = {rnn.Job("forecaster", "RNN", seed, 0.1): (0.1 + seed / 7, 11) for seed in range(200)}
     progress = rnn.Progress(jobs)
     for job in jobs:
-        progress.start(job)
         for batch in range(1, 8):
             progress.update(job, batch, None)
         progress.finish(job, "")
