@@ -552,7 +552,7 @@ def read_source(source: str) -> str:
 
 def user_file(path: str, columns: Sequence[str] = ()) -> UserFile:
     """The file as a configuration names it, with the columns that the user named; raises InputError."""
-    special = Path(path).exists() and not Path(path).is_file()  # a pipe could not be read again by every run
+    special = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113 (a pipe cannot be read twice)
     require(not special, f"{path!r}: not a regular file; a run needs one that can be read again")
     return UserFile(path, hashlib.sha256(read_text(path).encode()).hexdigest(), tuple(columns))
 
@@ -947,15 +947,15 @@ class Forecaster(SequenceModel):
         """
         with suppress(TypeError, ValueError, OverflowError):
             values = np.array(values, dtype=float)
-        if not (isinstance(values, np.ndarray) and values.ndim == 1 and len(values) and np.isfinite(values).all()):
-            raise InputError("a series must hold one or more finite values, in one dimension")
+        usable = isinstance(values, np.ndarray) and values.ndim == 1 and len(values) and np.isfinite(values).all()
+        require(usable, "a series must hold one or more finite values, in one dimension")
         scaler, window = self.preprocessing["scaler"], self.preprocessing["window"]
         mean, std, (low, high) = (scaler[name] for name in ("mean", "std", "range"))
         require(std > 0 and low <= high, f"a scaler of {scaler}")
         scaled = torch.as_tensor((values[-window:] - mean) / std, dtype=torch.float32)
         forecasts = self.roll_forward(scaled[None, :, None], length)[0].double().numpy() * std + mean
-        if not np.isfinite(forecasts).all():
-            raise InputError("a forecast is not finite: the values lie too far from those of training")
+        finite = np.isfinite(forecasts).all()
+        require(finite, "a forecast is not finite: the values lie too far from those of training")
         return forecasts
 
     def describe(self, source: str, options: argparse.Namespace) -> str:
@@ -1154,8 +1154,7 @@ def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU
     spread = (windows - windows[:, :-1].mean(dim=1, keepdim=True)).square().mean().sqrt()
     with np.errstate(over="ignore", invalid="ignore"):  # said in one line below
         mean, std = float(train_values.mean()), float(spread)
-    if not 0 < std < math.inf:
-        raise InputError(f"constant over its first {TRAIN_SHARE:.0%}, the training part, or too large")
+    require(0 < std < math.inf, f"constant over its first {TRAIN_SHARE:.0%}, the training part, or too large")
     every, validation, test = (SeriesDataset((values[part] - mean) / std, window, 1, device) for part in parts)
     stride = min(config.stride, math.ceil(len(every) / 1000))  # a short series has no window to spare
     train = SeriesDataset((train_values - mean) / std, window, stride, device)
@@ -1311,10 +1310,6 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets
 Watch = Callable[[int, Mapping | None], object]  # called with the batches so far and, at its end, an epoch's row
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number."""
-
-
 def epochs_since_best(losses: Sequence[float]) -> int:
     """How many epochs have passed since the one of the lowest loss, of equals the first."""
     return len(losses) - 1 - losses.index(min(losses))
@@ -1380,7 +1375,7 @@ def fit(
 
     Model and data must be on the same device. Returns the history, a row per epoch: `epoch`, `learning_rate`,
     `gradient_norm` (mean, before clipping), `seconds`, and under `train` and `validation` the loss and the task's
-    metrics; those of training are running means, with dropout on. Raises TrainingDiverged when a loss is not finite.
+    metrics; those of training are running means, with dropout on. Raises RuntimeError when a loss is not finite.
     """
     torch.manual_seed(random_generator(seed, "dropout").integers(2**63))
     optimizer = new_optimizer(model, training)
@@ -1399,7 +1394,7 @@ def fit(
         if not math.isfinite(loss + losses[-1]):
             who = f"{type(model).__name__} ({task.name}), seed {seed}"
             advice = f"try a learning rate below {rate:g} or a clip norm below {training.clip_norm:g}"
-            raise TrainingDiverged(f"{who}: the loss is not finite in epoch {epoch}; {advice}")
+            raise RuntimeError(f"{who}: the loss is not finite in epoch {epoch}; {advice}")
         history.append(row)
         progress(epoch * len(batches), row)
         if epochs_since_best(losses) == 0:
@@ -1688,7 +1683,7 @@ def cached_data(task_name: str, config: TaskConfig, seed: int, device: torch.dev
 def carry_out(job: Job, watch: Watch, config: Config, device: torch.device, output_dir: Path, costs: Mapping) -> None:
     """Train and test one model, or measure the baselines; leaves the record, and of a model the checkpoint.
 
-    The record holds all that tables and figures are made from; `costs` goes into it. Raises TrainingDiverged.
+    The record holds all that tables and figures are made from; `costs` goes into it. Raises RuntimeError.
     """
     prepare_device(device)
     task, config = TASKS[job.task], config[job.task]
@@ -2062,7 +2057,7 @@ def task_text(task: Task, records: Records, results: pd.DataFrame, runs: pd.Data
 
 def details_text(runs: pd.DataFrame, about: Mapping | None) -> str:
     """More on one task, from its runs: scores by label, three test examples with the answers; and `about` the data."""
-    parts, same_seed = [], runs[runs["seed"] == runs["seed"].iloc[0]]
+    parts, same_seed = [""], runs[runs["seed"] == runs["seed"].iloc[0]]
     if "confusion" in runs["evidence"].iloc[0]:
         parts += [markdown(label_scores(runs).map(lambda x: x if isinstance(x, str) else f"{x:.3f}"))]
         parts += ["Test splits of all seeds together. The mean recall is the balanced accuracy."]
@@ -2085,13 +2080,8 @@ def facts_text(facts: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {format(x, ',.0f') if x == int(x) else plain(x)}" for name, x in facts.items())
 
 
-def parameters_text(models: pd.DataFrame) -> str:
-    """Parameters by part, a row for each model of each task."""
-    return f"## Parameters\n\n{markdown(models[['task', 'model', *PARTS, 'parameters']])}"
-
-
-def summary_text(records: Records, runs: pd.DataFrame, task_texts: Mapping[str, str], models: pd.DataFrame) -> str:
-    """The tables as a page of Markdown, with what the data were and where it ran; `models`: a run of each."""
+def summary_text(records: Records, runs: pd.DataFrame, texts: Mapping[str, str], models: pd.DataFrame) -> str:
+    """The texts as a page of Markdown, with what the data were and where it ran; `models`: a run of each."""
     environments = pd.DataFrame([record["environment"] for record in records]).astype(str)
     about = {record["task"]: record for record in reversed(records) if "facts" in record}  # of the first seed
     details = {name: details_text(of_task, about.get(name)) for name, of_task in runs.groupby("task")}
@@ -2102,8 +2092,7 @@ def summary_text(records: Records, runs: pd.DataFrame, task_texts: Mapping[str, 
         "best that is possible on generated data; gap closed is how much of the way from best baseline to ceiling a "
         "model has come. Brackets hold 95 % intervals of the paired difference over seeds (Student's t). Seconds are "
         "those of a run's training, with other runs beside it.",
-        *(f"{text}\n\n{details[name]}" for name, text in task_texts.items()),
-        parameters_text(models),
+        *(text + details.get(name, "") for name, text in texts.items()),
         f"## Cost of a training step\n\n{markdown(models[['task', 'model', *COST_COLUMNS]])}",
         "Median time of a step, the models taking turns on the same batches if one command trained them; activations: "
         "what the forward pass on a full batch of the longest possible examples keeps for the backward pass. The "
@@ -2390,15 +2379,10 @@ def number(text: str, least: float, most: float = math.inf, kind: type = float) 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; raises InputError when they cannot be followed."""
-    if isinstance(argv, str):
-        raise InputError(f"main({argv!r}): the options are a list, as in main([{argv!r}])")
-
-    def refuse(message: str) -> None:  # argparse would print the usage and end the interpreter
-        raise InputError(message)
-
+    require(not isinstance(argv, str), f"main({argv!r}): the options are a list, as in main([{argv!r}])")
     about = {"description": __doc__.partition("Shapes")[0], "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("pytorch_rnn_models.py", allow_abbrev=False, **about)
-    parser.error = refuse
+    parser.error = partial(require, False)  # argparse's would print the usage and end the interpreter
     whole, positive = (partial(number, least=least, kind=int) for least in (0, 1))
     rate, warmth = partial(number, least=1e-6, most=1), partial(number, least=0, most=100)
     add = parser.add_argument_group("what is trained").add_argument
@@ -2440,29 +2424,27 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             raise InputError(f"--{name} goes with --predict" + "; for training there is --seeds" * (name == "seed"))
     modes = [f"--{name}" for name in ("report", "benchmark", "predict", "tune") if getattr(options, name)]
     modes += ["--learning-rate"] * (options.tune and options.learning_rate is not None)
-    if len(modes) > 1:
-        raise InputError(f"{' and '.join(modes)} cannot go together")
+    require(len(modes) < 2, f"{' and '.join(modes)} cannot go together")
     for column, file in COLUMNS.items():
-        if getattr(options, f"{column}_column") and getattr(options, file) is None and not options.predict:
-            raise InputError(f"--{column}-column goes with --{file} or --predict")
+        used = options.predict or getattr(options, file) is not None or not getattr(options, f"{column}_column")
+        require(used, f"--{column}-column goes with --{file} or --predict")
     options.seeds = list(dict.fromkeys(options.seeds or (DEFAULT_SEEDS[:1] if options.quick else DEFAULT_SEEDS)))
     options.tasks = [name for name in TASKS if name in options.tasks]
     names = [name for name in MODEL_NAMES if name in options.models]
     options.models = [name + MATCHED * (options.match == "params" and name != "LSTM") for name in names]
-    if options.window and not any(hasattr(DEFAULT[name], "window") for name in options.tasks):
-        raise InputError("--window is for predictor and forecaster, which --tasks leaves out")
+    used = not options.window or any(hasattr(DEFAULT[name], "window") for name in options.tasks)
+    require(used, "--window is for predictor and forecaster, which --tasks leaves out")
     stems = []
     for task in TASKS.values():
         if (path := getattr(options, task.file_option)) is not None:
             stems.append(re.sub(r"(?i)(\.csv|\.txt)?(\.gz)?$", "", Path(path).name))
-            if task.name not in options.tasks:
-                raise InputError(f"--{task.file_option} is for the task {task.name}, which --tasks leaves out")
+            without = f"--{task.file_option} is for the task {task.name}, which --tasks leaves out"
+            require(task.name in options.tasks, without)
     default = "quick" if options.quick else "_".join(["own", *stems]) if stems else ""
     options.output_dir = options.output_dir or Path("outputs", default)
     here = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     name = here[0] if options.device == "auto" else options.device
-    if name not in here:
-        raise InputError(f"--device {name}: there is none here; choose from {', '.join(sorted(here))}, or auto")
+    require(name in here, f"--device {name}: there is none here; choose from {', '.join(sorted(here))}, or auto")
     options.device = torch.device(name)
     return options
 
@@ -2654,9 +2636,10 @@ def report(config: Config, output_dir: Path, failed: int) -> Results:
             figures["time_series_predictions"] = partial(forecasts_figure, of_task, results)
         if "confusion" in of_task["evidence"].iloc[0]:
             figures[f"{task.name}_errors"] = partial(errors_figure, of_task)
+    texts["parameters"] = f"## Parameters\n\n{markdown(models[['task', 'model', *PARTS, 'parameters']])}"
     write_whole(output_dir / "pytorch_rnn_summary.md", summary_text(records, runs, texts, models))
     drawn, broken = draw(output_dir, figures)
-    print(*texts.values(), parameters_text(models), sep="\n\n")
+    print(*texts.values(), sep="\n\n")
     print(f"\nTables, figures, records and models are in {output_dir.resolve()}")
     return Results(results, drawn, failed + broken)
 
