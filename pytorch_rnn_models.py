@@ -17,7 +17,8 @@ Files       pytorch_rnn_*.png, pytorch_rnn_{runs,history,summary,comparisons,cos
             predictions/TASK_MODEL_seedN.csv      its answer to each test example
             all in the output directory, each written whole or not at all
 
-Shapes in comments: B batch, T time steps, E embedding, F input features, H hidden units, V vocabulary.
+Shapes in comments: N examples, B batch, T time steps, E embedding, F input features, H hidden units, V vocabulary,
+K labels, O origins of forecasts.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def require(condition: object, message: str) -> None:
         raise InputError(message)
 
 
-# Adam's rate at the start, each model's own: what `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` chose
+# Adam's rate at the start, each model's own: what `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` chose for the
+# settings below; if they change, it has to choose again
 LearningRates = namedtuple("LearningRates", "RNN LSTM GRU")
 
 
@@ -94,7 +96,7 @@ class Training:
     accumulate_steps: int = 1  # micro-batches that a batch is cut into, to save memory; the gradient is the batch's
     learning_rate: float = 1e-3  # Adam's, at the start; in a run, that of its model in `LearningRates`
     lr_factor: float = 0.5  # the rate is multiplied by this on a plateau of the validation loss
-    lr_patience: int = 1  # epochs without improvement that are allowed; after one more the rate falls
+    lr_patience: int = 1  # epochs without improvement, by 0.01 % or more, that are allowed; then the rate falls
     patience: int = 4  # epochs without improvement after which training ends
     weight_decay: float = 0.0  # added to the gradient: pulls back embeddings of rare words, which memorise
     clip_norm: float = 1.0  # larger gradients are scaled down to this norm
@@ -118,7 +120,7 @@ class UserFile:
 class TaskConfig:
     """What the configurations of the three tasks share."""
 
-    options: str = ""  # of the command line, that lead to this configuration; no part of it
+    options: str = ""  # of the command line that lead here, for messages; not compared
     file: UserFile | None = None  # takes the place of the generated data
     hidden_dim: int = 100
     n_layers: int = 1
@@ -378,9 +380,9 @@ def generate_reviews(config: ClassifierConfig, rng: np.random.Generator) -> Revi
     opinions = rng.choice(ASPECTS, n).astype(object) + " " + verbs + " " + adjectives
     # an aside for each phrase, which says nothing about the film's worth
     named, shape = rng.random(n) < config.name_rate, (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS))
-    fame = (math.prod(shape) ** rng.random(n)).astype(int) - 1  # a log-uniform rank is Zipf-distributed
-    parts = np.unravel_index(fame * 7919 % math.prod(shape), shape)  # a prime: neighbours in fame do not look alike
-    surnames = [NAME_HEADS[i] + NAME_MIDDLES[j] + NAME_TAILS[k] for k, j, i in zip(*parts)]
+    rank = (math.prod(shape) ** rng.random(n)).astype(int) - 1  # a log-uniform rank is Zipf-distributed
+    parts = np.unravel_index(rank * 7919 % math.prod(shape), shape)  # a prime: neighbours in rank do not look alike
+    surnames = [NAME_HEADS[head] + NAME_MIDDLES[middle] + NAME_TAILS[tail] for tail, middle, head in zip(*parts)]
     who = np.where(named, surnames, rng.choice(CHARACTERS, n))
     asides = rng.choice(CONJUNCTIONS, n).astype(object) + " " + who + " " + rng.choice(VERBS, n)
     # each review's phrases and its verdict, in sentences of a few phrases: the tokenizer takes their ends out again
@@ -662,7 +664,7 @@ class Reference:
     """A baseline or a ceiling: what it scores on each test example (N,), in the units of the task's loss and score."""
 
     name: str
-    kind: str  # "baseline" or "ceiling"
+    kind: str  # "baseline", or "ceiling": the best that is possible, of an error the least
     loss: np.ndarray
     score: np.ndarray
 
@@ -699,8 +701,10 @@ class NGram:
             for *context, word in zip(*(ids[i:] for i in range(n + 1))):
                 if tuple(context) in self.followers:
                     self.followers[tuple(context)][word] += 1
-        for context in sorted(self.followers, key=len):  # seen after it, or the likeliest of a shorter one
-            words = {*self.followers[context], *([self.likeliest[context[1:]]] if context else [])} - {1}  # no <unk>
+        for context in sorted(
+            self.followers, key=len
+        ):  # candidates: seen after it, or the likeliest after a shorter one
+            words = {*self.followers[context], *([self.likeliest[context[1:]]] if context else [])} - {1}  # never <unk>
             self.likeliest[context] = max(words, key=lambda word: (self.probability(context, word), -word))
 
     def probability(self, context: tuple, word: int) -> float:
@@ -722,13 +726,13 @@ def corpus_baselines(train: Sequence[int], test: CorpusDataset, vocab_size: int)
     return found
 
 
-def season_of(train: SeriesDataset) -> int | None:
+def season_of(every: SeriesDataset) -> int | None:
     """The first lag within the window at which the training part's autocorrelation has a high peak; None without any.
 
     Values count from their window's mean, so that a trend hides no season. A peak is higher than both neighbours and
     rises by 0.2 above what came before: a smooth or a random series has none. High: within 0.05 of the highest.
     """
-    rows, targets = train.inputs[:, :, 0].cpu().numpy(), train.targets[:, 0].cpu().numpy()
+    rows, targets = every.inputs[:, :, 0].cpu().numpy(), every.targets[:, 0].cpu().numpy()
     means = rows.mean(axis=1)
     if np.ptp(targets - means) < 1e-5 * np.abs(targets - means).max():  # a straight line, but for rounding
         return None
@@ -740,12 +744,12 @@ def season_of(train: SeriesDataset) -> int | None:
     return next((1 + i for i in peaks if r[i] > r[peaks].max() - 0.05), None)
 
 
-def series_baselines(train: SeriesDataset, test: SeriesDataset) -> list[Reference]:
+def series_baselines(every: SeriesDataset, test: SeriesDataset) -> list[Reference]:
     """Persistence, the value a season ago, and least squares with an intercept on about `MOST_WINDOWS` windows."""
-    season = season_of(train)
-    step, windows = math.ceil(len(train) / MOST_WINDOWS), test.inputs[:, :, 0].cpu()
-    design = F.pad(train.inputs[:, :, 0].cpu()[::step].double(), (0, 1), value=1.0)  # (N, T) -> (N, T + 1)
-    targets = train.targets.cpu()[::step].double()
+    season = season_of(every)
+    step, windows = math.ceil(len(every) / MOST_WINDOWS), test.inputs[:, :, 0].cpu()
+    design = F.pad(every.inputs[:, :, 0].cpu()[::step].double(), (0, 1), value=1.0)  # (N, T) -> (N, T + 1)
+    targets = every.targets.cpu()[::step].double()
     # in torch, on one thread: NumPy's last digits depend on the number of its threads; gelsd takes any rank
     weights = torch.linalg.lstsq(design, targets, driver="gelsd").solution[:, 0]
     forecasts = {"persistence": windows[:, -1]} | ({"seasonal naive": windows[:, -season]} if season else {})
@@ -773,7 +777,7 @@ class Recurrent(nn.Module):
         self.rnn = layer(input_dim, hidden_dim, n_layers, batch_first=True, dropout=dropout if n_layers > 1 else 0.0)
         initialise = {"weight_hh": nn.init.orthogonal_, "weight_ih": nn.init.xavier_uniform_}
         for name, weight in self.rnn.named_parameters():
-            gates = weight.detach().split(hidden_dim)  # one per gate
+            gates = weight.detach().split(hidden_dim)  # one per gate, views: to fill them is to fill the weight
             for gate in gates:
                 initialise.get(name[:9], nn.init.zeros_)(gate)
             if layer is not nn.RNN and name.startswith("bias_ih"):
@@ -834,6 +838,7 @@ class Classifier(SequenceModel):
         self.head = nn.Sequential(nn.Linear(hidden_dim, output_dim), nn.Sigmoid() if output_dim == 1 else nn.Softmax(1))
 
     def forward(self, ids: Tensor) -> Tensor:
+        # padding comes after the last word, so its states are never read
         last = ((ids != 0) * torch.arange(ids.shape[1], device=ids.device)).amax(dim=1)  # (B, T) -> (B,)
         state = self.recurrent(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, H)
         return self.head(self.dropout(state))  # (B, H) -> (B, output_dim)
@@ -914,7 +919,8 @@ class Predictor(SequenceModel):
 class Forecaster(SequenceModel):
     """Recurrent layers -> dropout -> dense -> ReLU -> dense: values (B, T, input_dim) -> (B, output_dim).
 
-    In training the values are those of a window without its mean, and the next is counted from the window's last.
+    The values are those of a scaled window without its mean, the output counts from the window's last. `roll_forward`
+    takes scaled windows, `predict` a series as it is.
     """
 
     sample = (0.0, 0.0)
@@ -1042,7 +1048,7 @@ class TaskData:
 
     train: SequenceDataset
     validation: SequenceDataset
-    test: SequenceDataset
+    test: SequenceDataset | None  # not there in a tuning run
     sizes: Mapping[str, int]  # constructor keywords of the models that the data decide
     preprocessing: Mapping[str, object]  # what turns words or values into inputs and back: goes into the checkpoint
     facts: Mapping[str, int | float]  # for the reader
@@ -1065,14 +1071,14 @@ def build_reviews(config: ClassifierConfig, seed: int, device: torch.device = CP
     """
     rng, file = random_generator(seed, "reviews"), config.file
     reviews = read_reviews(read_text(file.path), *file.columns) if file else generate_reviews(config, rng)
-    words = pd.Series([tuple(tokenize(text, WORDS)) for text in reviews.texts])
-    if file:
-        labels = pd.Series(reviews.labels)[rng.permutation(len(words))]
-        by_label = labels.groupby(labels)  # the i-th of n examples of a label comes at (i + 0.5) / n of the way
-        words = words[((by_label.cumcount() + 0.5) / by_label.transform("size")).sort_values(kind="stable").index]
-    words = words[words.map(bool)].drop_duplicates()  # repetitions would cross the splits
-    parts = three_parts(len(words), 20, "different reviews that hold a word")
-    keep, words = words.index, [review[-config.max_words :] for review in words]
+    tokens = pd.Series([tuple(tokenize(text, WORDS)) for text in reviews.texts])
+    if file:  # generated reviews come in random order
+        shuffled = pd.Series(reviews.labels)[rng.permutation(len(tokens))]
+        by_label = shuffled.groupby(shuffled)  # the i-th of n examples of a label comes at (i + 0.5) / n of the way
+        tokens = tokens[((by_label.cumcount() + 0.5) / by_label.transform("size")).sort_values(kind="stable").index]
+    tokens = tokens[tokens.map(bool)].drop_duplicates()  # repetitions would cross the splits
+    parts = three_parts(len(tokens), 20, "different reviews that hold a word")
+    keep, words = tokens.index, [review[-config.max_words :] for review in tokens]
     labels, tested = reviews.labels[keep], keep[parts[2]]
     vocabulary = fit_vocabulary((word for review in words[parts[0]] for word in review), config.vocab_size)
     ids = [encode(review, vocabulary) for review in words]
@@ -1153,15 +1159,15 @@ def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU
     windows = torch.as_tensor(train_values).unfold(0, window + 1, 1)[:: math.ceil(len(values) / MOST_WINDOWS)]
     spread = (windows - windows[:, :-1].mean(dim=1, keepdim=True)).square().mean().sqrt()
     with np.errstate(over="ignore", invalid="ignore"):  # said in one line below
-        mean, std = float(train_values.mean()), float(spread)
-    require(0 < std < math.inf, f"constant over its first {TRAIN_SHARE:.0%}, the training part, or too large")
-    every, validation, test = (SeriesDataset((values[part] - mean) / std, window, 1, device) for part in parts)
+        offset, unit = float(train_values.mean()), float(spread)
+    require(0 < unit < math.inf, f"constant over its first {TRAIN_SHARE:.0%}, the training part, or too large")
+    every, validation, test = (SeriesDataset((values[part] - offset) / unit, window, 1, device) for part in parts)
     stride = min(config.stride, math.ceil(len(every) / 1000))  # a short series has no window to spare
-    train = SeriesDataset((train_values - mean) / std, window, stride, device)
+    train = SeriesDataset((train_values - offset) / unit, window, stride, device)
     ceiling = []
     if not config.file:
-        best = best_forecasts(test.inputs[:, :, 0].cpu().double().numpy() * std + mean, config)
-        errors = (best - mean) / std - test.targets[:, 0].cpu().numpy()
+        best = best_forecasts(test.inputs[:, :, 0].cpu().double().numpy() * unit + offset, config)
+        errors = (best - offset) / unit - test.targets[:, 0].cpu().numpy()
         ceiling = [Reference("exact filter", "ceiling", errors**2, np.abs(errors))]
     low, high = float(train_values.min()), float(train_values.max())
     if (beyond := np.mean((test_values < low) | (test_values > high))) > 0.1:
@@ -1173,11 +1179,11 @@ def build_series(config: ForecasterConfig, seed: int, device: torch.device = CPU
     facts |= {"season (steps)": season} if (season := season_of(every)) else {}
     written, last, truth = [f"{value:.5g}" for value in test_values], test_values[window - 1 : -1], test_values[window:]
     asked = pd.DataFrame({"window": [" ".join(written[i : i + window]) for i in range(len(truth))], "truth": truth})
-    preprocessing = {"scaler": {"mean": mean, "std": std, "range": [low, high]}, "window": window}
+    preprocessing = {"scaler": {"mean": offset, "std": unit, "range": [low, high]}, "window": window}
     baselines = partial(series_baselines, every, test)
     samples = [" ".join(f"{value:.4g}" for value in train_values[i : i + 12]) + " ..." for i in (0, window, 2 * window)]
-    more = {"predictions": lambda got: asked.assign(answer=last + std * got["answer"]).eval("error = answer - truth")}
-    more |= {"samples": samples, "doubts": doubts, "unit": std, "offset": mean}
+    more = {"predictions": lambda got: asked.assign(answer=last + unit * got["answer"]).eval("error = answer - truth")}
+    more |= {"samples": samples, "doubts": doubts, "unit": unit, "offset": offset}
     sizes = {"input_dim": 1, "output_dim": 1}
     return TaskData(train, validation, test, sizes, preprocessing, facts, baselines, ceiling, **more)
 
@@ -1300,7 +1306,7 @@ FORECASTER = Task(
     file_option="series",
 )
 TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
-MODEL_NAMES = tuple(CLASSIFIER.models)
+MODEL_NAMES = tuple(CLASSIFIER.models)  # one more needs a rate in LearningRates, a colour, and its gates in Recurrent
 
 # ======================================================================================
 # Training
@@ -1369,7 +1375,7 @@ def evaluate(model: nn.Module, task: Task, dataset: SequenceDataset, more: Mappi
 
 
 def fit(
-    model: nn.Module, task: Task, data: TaskData, training: Training, seed: int, progress: Watch = lambda *_: None
+    model: nn.Module, task: Task, data: TaskData, training: Training, seed: int, watch: Watch = lambda *_: None
 ) -> list[dict]:
     """Train until the validation loss stops falling; leaves the best epoch's weights in `model`.
 
@@ -1386,7 +1392,7 @@ def fit(
     history, losses, best_weights = [], [], {}
     for epoch in range(1, training.epochs + 1):
         start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        loss, score, norm = train_epoch(model, step, loader, lambda n: progress(len(losses) * len(batches) + n, None))
+        loss, score, norm = train_epoch(model, step, loader, lambda n: watch(len(losses) * len(batches) + n, None))
         validation = task.measure(**evaluate(model, task, data.validation), unit=data.unit)
         row = {"epoch": epoch, "learning_rate": rate, "gradient_norm": norm, "seconds": time.perf_counter() - start}
         row |= {"train": task.measure(loss, score, data.unit), "validation": validation}
@@ -1396,7 +1402,7 @@ def fit(
             advice = f"try a learning rate below {rate:g} or a clip norm below {training.clip_norm:g}"
             raise RuntimeError(f"{who}: the loss is not finite in epoch {epoch}; {advice}")
         history.append(row)
-        progress(epoch * len(batches), row)
+        watch(epoch * len(batches), row)
         if epochs_since_best(losses) == 0:
             best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
         if epochs_since_best(losses) >= training.patience:
@@ -1798,7 +1804,10 @@ def attempt(job: Job, watch: Watch, work: Callable) -> Exception | None:
 
 
 def run_in_child(parent: multiprocessing.connection.Connection, job: Job, work: Callable) -> None:
-    """Carry out one run in a process of its own; it ends when its parent is gone, for then nobody listens."""
+    """Carry out one run in a process of its own; it ends when its parent is gone, for then nobody listens.
+
+    It sends (batches, row or None), as a `Watch` hears them, and at its end (None, error or None).
+    """
 
     def send(batches: int, row: Mapping | None) -> None:
         if row or batches % 10 == 0:  # else the news of many children would keep the parent busy
@@ -1840,26 +1849,26 @@ def run_in_children(jobs: Iterable[Job], work: Callable, progress: Progress, wor
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.popleft()
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=run_in_child, args=(theirs, job, work), daemon=True)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=run_in_child, args=(sender, job, work), daemon=True)
                 with signals_held():
                     process.start()
-                    running[ours] = process, job
-                theirs.close()
+                    running[receiver] = process, job
+                sender.close()
                 progress.update(job, 0, None)
-            for ours in multiprocessing.connection.wait(list(running)):
-                process, job = running[ours]
+            for receiver in multiprocessing.connection.wait(list(running)):
+                process, job = running[receiver]
                 try:
-                    batches, news = ours.recv()
+                    batches, news = receiver.recv()
                 except (EOFError, OSError):  # it has ended without a last message
                     process.join()
                     ended = f"its process ended with status {process.exitcode}; killed, or out of memory?"
                     batches, news = None, RuntimeError(ended)
-                if process.exitcode == NO_GUARD:
+                if process.exitcode == NO_GUARD:  # `execute` says so, when the child imports the user's script
                     raise InputError('call main() or run() under `if __name__ == "__main__":`, or with one worker')
                 if batches is None:
                     process.join()
-                    del running[ours]
+                    del running[receiver]
                     progress.finish(job, news)
                 else:
                     progress.update(job, batches, news)
@@ -1884,7 +1893,7 @@ Records = Sequence[Mapping]
 
 
 def results_table(records: Records) -> pd.DataFrame:
-    """What every model, baseline and ceiling scores, in long form: every table and verdict is a view of this."""
+    """What every model, baseline and ceiling scores, in long form: the summary and every verdict are views of this."""
     rows = []
     for record in records:
         for found in record.get("references") or [record | {"name": record["model"], "kind": "model"}]:
@@ -1946,7 +1955,7 @@ def student_t(degrees: int, level: float = 0.95) -> float:
     t = np.linspace(0, 14, 140_001)
     log_density = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(degrees * math.pi) / 2
     density = np.exp(log_density - (degrees + 1) / 2 * np.log1p(t**2 / degrees))
-    mass = np.cumsum((density[1:] + density[:-1]) * 1e-4 / 2)
+    mass = np.cumsum((density[1:] + density[:-1]) * 1e-4 / 2)  # from 0 on: half of it
     return float(np.interp(level / 2, mass, t[1:]))
 
 
@@ -2090,8 +2099,8 @@ def summary_text(records: Records, runs: pd.DataFrame, texts: Mapping[str, str],
         "The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws its own data, "
         "or the splits of a user's reviews; a user's text or series is always cut at the same places. A ceiling is the "
         "best that is possible on generated data; gap closed is how much of the way from best baseline to ceiling a "
-        "model has come. Brackets hold 95 % intervals of the paired difference over seeds (Student's t). Seconds are "
-        "those of a run's training, with other runs beside it.",
+        "model has come. Brackets hold 95 % intervals of the paired difference over seeds (Student's t), where none is "
+        "better the first minus the second. Seconds are those of a run's training, with other runs beside it.",
         *(text + details.get(name, "") for name, text in texts.items()),
         f"## Cost of a training step\n\n{markdown(models[['task', 'model', *COST_COLUMNS]])}",
         "Median time of a step, the models taking turns on the same batches if one command trained them; activations: "
@@ -2336,7 +2345,7 @@ def long_range_figure(runs: pd.DataFrame, results: pd.DataFrame) -> Figure | Non
         found[["role", "distance"]] = found["subset"].str.extract(r"(\w+) (\d+) words after")
         found = found.dropna().astype({"distance": int}).pivot_table("value", ["role", "distance"], "name", sort=False)
         found = 100 * found.div(found[FULL_STATE], axis=0)  # verbs and objects have different ceilings
-        names = [name for name in found if base_name(name) in COLOURS or name == "trigram"]
+        names = [name for name in found if base_name(name) in MODEL_NAMES or name == "trigram"]
         for name, (role, style) in product(names, (("verb", "o-"), ("object", "s:"))):
             axes.plot(found.loc[role][name].dropna().sort_index(), style, color=colour(name), markersize=4)
         axes.axhline(100, color="black", linewidth=1)
@@ -2347,7 +2356,7 @@ def long_range_figure(runs: pd.DataFrame, results: pd.DataFrame) -> Figure | Non
         lines.append(line("trigram", linewidth=3))
     if axes := panels.get("ending"):  # accuracy on reviews whose closing verdict agrees with their label, or does not
         found = accuracy[CLASSIFIER.name].unstack("name").reindex([AGREES, CONTRADICTS])
-        models = [name for name in found if base_name(name) in COLOURS]
+        models = [name for name in found if base_name(name) in MODEL_NAMES]
         for i, name in enumerate(models):
             middle = np.arange(2) + (i - (len(models) - 1) / 2) * 0.8 / len(models)
             bars = axes.bar(middle, 100 * found[name], 0.75 / len(models), color=colour(name))
@@ -2539,15 +2548,15 @@ def tune(options: argparse.Namespace, config: Config, costs: Mapping) -> tuple[d
     grid = RATES[2:4] if options.quick else RATES[1:-1]
     models = list(product(options.tasks, options.models))
     outwards = {grid[0]: RATES[RATES.index(grid[0]) - 1], grid[-1]: RATES[RATES.index(grid[-1]) + 1]}
-    jobs, more, failures = [], [(*model, rate) for model in models for rate in grid], []
-    while more:
-        new = [Job(task, model, seed, rate, True) for task, model, rate in more for seed in options.seeds]
+    jobs, untried, failures = [], [(*model, rate) for model in models for rate in grid], []
+    while untried:
+        new = [Job(task, model, seed, rate, True) for task, model, rate in untried for seed in options.seeds]
         failures += run_jobs(new, options, config, costs).values()
         jobs += new
         table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True)[0].values())
         rates = table[table["chosen"]].set_index(["task", "model"])["learning_rate"].to_dict()
-        more = [(*model, outwards[rate]) for model, rate in rates.items() if rate in outwards]
-        outwards = {}
+        untried = [(*model, outwards[rate]) for model, rate in rates.items() if rate in outwards]
+        outwards = {}  # one step only
     write_whole(options.output_dir / "pytorch_rnn_tuning.csv", table.to_csv(index=False))
     draw(options.output_dir, {"learning_rates": partial(learning_rates_figure, table)})
     for task, model in models:
@@ -2659,7 +2668,7 @@ def benchmark(options: argparse.Namespace, config: Config) -> None:
     print(table.assign(overhead=table["overhead"].map("{:+.1%}".format)).to_string(index=False))
 
 
-def obey(options: argparse.Namespace) -> Results | None:
+def execute(options: argparse.Namespace) -> Results | None:
     """Do what the options ask for; returns what came out, or None where there is nothing to show."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a child that imports the user's script
         os._exit(NO_GUARD)
@@ -2683,7 +2692,7 @@ def run(**options: object) -> Results | None:
         values = value if isinstance(value, (list, tuple, range)) else [value] * (value is not True)
         if value is not None and value is not False:
             argv += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return obey(parse_args(argv))
+    return execute(parse_args(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2697,7 +2706,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     before = signal.signal(signal.SIGTERM, interrupt) if listens else None
     try:
-        results = obey(parse_args(argv))
+        results = execute(parse_args(argv))
         return 1 if results and results.failed else 0
     except SystemExit:  # --help
         return 0
