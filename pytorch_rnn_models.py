@@ -549,13 +549,14 @@ def read_source(source: str) -> str:
     if source == "-":
         return sys.stdin.buffer.read().decode(errors="replace")
     is_file = os.path.exists(source)  # noqa: PTH110 (Path's raises if a text is too long for a name)
-    return read_text(source) if is_file or re.search(r"(?i)\.(txt|[ct]sv|xlsx?|gz)$", source) else source
+    require(is_file or not re.search(r"(?i)\.(txt|[ct]sv|xlsx?|gz)$", source), f"{source}: no such file")
+    return read_text(source) if is_file else source
 
 
 def user_file(path: str, columns: Sequence[str] = ()) -> UserFile:
     """The file as a configuration names it, with the columns that the user named; raises InputError."""
-    special = os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113 (a pipe cannot be read twice)
-    require(not special, f"{path!r}: not a regular file; a run needs one that can be read again")
+    absent, regular = not os.path.exists(path or "."), os.path.isfile(path)  # noqa: PTH110, PTH113 (as in `read_source`)
+    require(absent or regular, f"{path!r}: not a regular file; a run needs one that can be read again")
     return UserFile(path, hashlib.sha256(read_text(path).encode()).hexdigest(), tuple(columns))
 
 
@@ -1020,10 +1021,10 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 @torch.no_grad()
 def describe_layers(model: nn.Module, inputs: Tensor) -> list[dict]:
     """The layers in the order in which `inputs` pass them: kind, settings, output shape without B, parameters."""
-    layers = []
+    layers, shown = [], {part for part in model.modules() if isinstance(part, Recurrent) or not list(part.children())}
 
     def describe(module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-        if isinstance(module, Recurrent) or not list(module.children()):
+        if module in shown:  # the hook hears of all modules of the process
             shape = list((output[0] if isinstance(output, tuple) else output).shape[1:])
             layer = {"kind": type(module).__name__, "settings": module.extra_repr(), "shape": shape}
             layers.append(layer | {"parameters": sum(p.numel() for p in module.parameters(recurse=False))})
@@ -1570,7 +1571,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def base_name(model: str) -> str:
@@ -1786,8 +1788,8 @@ class Progress:
 
     def finish(self, job: Job, error: Exception | None) -> None:
         """Count a run as done, however early it stopped; an error that is no failure of this run alone is raised."""
-        if isinstance(error, (RuntimeError, MemoryError)):
-            self.failures[job] = first_line(error)
+        if isinstance(error, RuntimeError):
+            self.failures[job] = str(error)
         elif error:
             raise error
         self.update(job, self.expected[job][1], None)
@@ -1795,9 +1797,11 @@ class Progress:
 
 
 def attempt(job: Job, watch: Watch, work: Callable) -> Exception | None:
-    """Carry out a run; returns the error that ended it, if one did."""
+    """Carry out a run; returns the error that ended it, if one did: a RuntimeError if it is one of this run alone."""
     try:
         work(job, watch)
+    except (RuntimeError, MemoryError) as error:
+        return RuntimeError(first_line(error))  # torch's own may not pass through a pipe
     except Exception as error:
         return error
     return None
@@ -1860,21 +1864,21 @@ def run_in_children(jobs: Iterable[Job], work: Callable, progress: Progress, wor
                 process, job = running[receiver]
                 try:
                     batches, news = receiver.recv()
-                except (EOFError, OSError):  # it has ended without a last message
+                except (EOFError, OSError):  # it has ended, after its last message or before
                     process.join()
+                    del running[receiver]
                     ended = f"its process ended with status {process.exitcode}; killed, or out of memory?"
                     batches, news = None, RuntimeError(ended)
                 if process.exitcode == NO_GUARD:  # `execute` says so, when the child imports the user's script
                     raise InputError('call main() or run() under `if __name__ == "__main__":`, or with one worker')
-                if batches is None:
-                    process.join()
-                    del running[receiver]
-                    progress.finish(job, news)
-                else:
+                if batches is not None:
                     progress.update(job, batches, news)
+                elif job in progress.bars:
+                    progress.finish(job, news)
     finally:
         for process, _ in running.values():
             process.kill()
+        for process, _ in running.values():
             process.join()
 
 
@@ -2554,7 +2558,8 @@ def tune(options: argparse.Namespace, config: Config, costs: Mapping) -> tuple[d
         failures += run_jobs(new, options, config, costs).values()
         jobs += new
         table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True)[0].values())
-        rates = table[table["chosen"]].set_index(["task", "model"])["learning_rate"].to_dict()
+        best = table[table["chosen"]].drop_duplicates(["task", "model"]).set_index(["task", "model"])
+        rates = best["learning_rate"].to_dict()
         untried = [(*model, outwards[rate]) for model, rate in rates.items() if rate in outwards]
         outwards = {}  # one step only
     write_whole(options.output_dir / "pytorch_rnn_tuning.csv", table.to_csv(index=False))
