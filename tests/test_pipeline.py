@@ -247,6 +247,7 @@ def test_bars_fit_a_terminal_of_80_columns(tmp_path):
         (["--quick", "--series", "FILE", "--series-column", "u"], "no column 'u'; its columns are day, temperature"),
         (["--reviews", "."], "not a regular file"),
         (["--series", "PIPE"], "not a regular file; a run needs one that can be read again"),
+        (["--series", "a" * 252 + ".csv"], "aaa.csv: cannot be read"),
         (["--corpus", "broken.gz"], "broken.gz: cannot be read"),
         ("--quick", "the options are a list, as in main(['--quick'])"),
     ],
