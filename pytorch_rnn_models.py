@@ -47,7 +47,7 @@ from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import combinations, product
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -553,6 +553,12 @@ def read_source(source: str) -> str:
     return read_text(source) if is_file else source
 
 
+def warn(doubts: Iterable[str]) -> None:
+    """Say, a line each, what the user should know before relying on the numbers."""
+    for doubt in doubts:
+        print(f"note: {doubt}", file=sys.stderr)
+
+
 def user_file(path: str, columns: Sequence[str] = ()) -> UserFile:
     """The file as a configuration names it, with the columns that the user named; raises InputError."""
     absent, regular = not os.path.exists(path or "."), os.path.isfile(path)  # noqa: PTH110, PTH113 (as in `read_source`)
@@ -702,9 +708,8 @@ class NGram:
             for *context, word in zip(*(ids[i:] for i in range(n + 1))):
                 if tuple(context) in self.followers:
                     self.followers[tuple(context)][word] += 1
-        for context in sorted(
-            self.followers, key=len
-        ):  # candidates: seen after it, or the likeliest after a shorter one
+        for context in sorted(self.followers, key=len):
+            # candidates: what was seen after it, and the likeliest after a shorter one
             words = {*self.followers[context], *([self.likeliest[context[1:]]] if context else [])} - {1}  # never <unk>
             self.likeliest[context] = max(words, key=lambda word: (self.probability(context, word), -word))
 
@@ -972,7 +977,7 @@ class Forecaster(SequenceModel):
         if read.min() < low - (high - low) / 2 or read.max() > high + (high - low) / 2:
             beyond = f"the last values lie between {read.min():g} and {read.max():g}"
             doubts.append(f"{beyond}, far from those of training ({low:g} to {high:g}): is it a series of that kind?")
-        sys.stderr.writelines(f"note: {doubt}\n" for doubt in doubts)
+        warn(doubts)
         forecasts = enumerate(self.predict(values, options.length), start=1)
         return "\n".join(["step,value", *(f"{step},{value}" for step, value in forecasts)])
 
@@ -2501,22 +2506,22 @@ def make_folders(directory: Path, *more: str) -> None:
         raise OSError(f"--output-dir {directory}: cannot be written ({error.strerror}); choose another") from error
 
 
-def step_costs(
-    task: Task, data: TaskData, options: argparse.Namespace, config: Config, steps: int, rounds: int
-) -> dict:
-    """What a training step of each model asked for costs on `data`."""
-    config = config[task.name]
+def step_costs(task: Task, data: TaskData, options: argparse.Namespace, config: TaskConfig, **repeats: int) -> dict:
+    """What a training step of each model asked for costs on `data`; `repeats`: steps and rounds."""
     models = {model: build_model(task, model, config, data, 0)[0].to(options.device) for model in options.models}
-    return measure_costs(task, models, config.training, data, steps, rounds)
+    return measure_costs(task, models, config.training, data, **repeats)
 
 
-def run_jobs(jobs: Sequence[Job], options: argparse.Namespace, config: Config, costs: Mapping) -> dict[Job, str]:
-    """Carry out what is not finished of `jobs`, several at a time; returns the runs that failed, and why."""
+def run_jobs(jobs: Sequence[Job], options: argparse.Namespace, config: Config, measure: Callable) -> dict[Job, str]:
+    """Carry out what is not finished of `jobs`, several at a time; returns the runs that failed, and why.
+
+    `measure` gives the costs of a step, and is called only if there is a run to carry out.
+    """
     if options.resume:
         jobs = unfinished(jobs, options.output_dir, config)
     if not jobs:
         return {}
-    device = options.device
+    costs, device = measure(), options.device
     workers = min(options.workers or (1 if options.quick or device.type != "cpu" else usable_cores()), len(jobs))
     expected = dict.fromkeys(jobs, (1.0, 1))  # seconds of a batch, and batches; of the baselines a guess
     for job in jobs:
@@ -2542,7 +2547,7 @@ def run_jobs(jobs: Sequence[Job], options: argparse.Namespace, config: Config, c
         return progress.failures
 
 
-def tune(options: argparse.Namespace, config: Config, costs: Mapping) -> tuple[dict, int]:
+def tune(options: argparse.Namespace, config: Config, measure: Callable) -> tuple[dict, int]:
     """Each model's learning rate, by task and model: that of the lowest mean validation loss over the seeds.
 
     All models try one grid; a rate at its edge is followed one step outwards. A model of which no rate converged on
@@ -2555,7 +2560,7 @@ def tune(options: argparse.Namespace, config: Config, costs: Mapping) -> tuple[d
     jobs, untried, failures = [], [(*model, rate) for model in models for rate in grid], []
     while untried:
         new = [Job(task, model, seed, rate, True) for task, model, rate in untried for seed in options.seeds]
-        failures += run_jobs(new, options, config, costs).values()
+        failures += run_jobs(new, options, config, measure).values()
         jobs += new
         table = tuning_table(jobs, read_records(options.output_dir, config, tuning=True)[0].values())
         best = table[table["chosen"]].drop_duplicates(["task", "model"]).set_index(["task", "model"])
@@ -2578,17 +2583,25 @@ def train(options: argparse.Namespace, config: Config) -> int:
     for name, data in found.items():
         about = f"{TASKS[name].title}, the data of seed {options.seeds[0]}: {facts_text(data.facts)}"
         look = textwrap.wrap(about, 79) + [f"    {' '.join(sample.split())}"[:76] for sample in data.samples]
-        print(*look, *(f"note: {doubt}" for doubt in data.doubts), sep="\n", file=sys.stderr)
-    costs = {name: step_costs(TASKS[name], data, options, config, steps=2, rounds=2) for name, data in found.items()}
-    del found, data  # from here on the runs hold the data
+        print(*look, sep="\n", file=sys.stderr)
+        warn(data.doubts)
+
+    @cache
+    def measure() -> dict[str, dict]:  # only if there is a run to carry out, and once for tuning and comparison
+        repeats = {"steps": 2, "rounds": 2}
+        costs = {name: step_costs(TASKS[name], found[name], options, config[name], **repeats) for name in options.tasks}
+        found.clear()  # from here on the runs hold the data
+        return costs
+
+    del data  # it would outlive `found`
     models = list(product(options.tasks, options.models))
     rates = {(task, model): getattr(config[task].learning_rates, base_name(model)) for task, model in models}
     failed = 0
     if options.tune:
-        rates, failed = tune(options, config, costs)
+        rates, failed = tune(options, config, measure)
     jobs = [Job(*model, seed, rate) for model, rate in rates.items() for seed in options.seeds]
     jobs += [Job(task, BASELINES, seed) for task in options.tasks for seed in options.seeds]
-    return failed + len(run_jobs(jobs, options, config, costs)) + len(models) - len(rates)
+    return failed + len(run_jobs(jobs, options, config, measure)) + len(models) - len(rates)
 
 
 def draw(output_dir: Path, figures: Mapping[str, Callable[[], Figure | None]]) -> tuple[dict[str, Figure], int]:
@@ -2626,7 +2639,7 @@ def report(config: Config, output_dir: Path, failed: int) -> Results:
             raise RuntimeError("no run came to its end")
         where = f"no records in {output_dir / 'runs'} of trained models with the configuration asked for; train first"
         raise InputError(where + f" (the folder holds runs of: {'; '.join(sorted(others))})" * bool(others))
-    sys.stderr.writelines(f"note: the folder also holds runs of: {each}\n" for each in sorted(others))
+    warn(f"the folder also holds runs of: {each}" for each in sorted(others))
     results, runs = results_table(records), runs_table(trained)
     models, verdicts = runs.drop_duplicates(["task", "model"], ignore_index=True), compare(results)
     summary = summarise(results[results["subset"] == ALL])
@@ -2665,7 +2678,7 @@ def benchmark(options: argparse.Namespace, config: Config) -> None:
     rows, repeats = [], {"steps": 2, "rounds": 2} if options.quick else {"steps": 5, "rounds": 30}
     for name in options.tasks:
         data = cached_data(name, config[name], options.seeds[0], options.device)
-        costs = step_costs(TASKS[name], data, options, config, **repeats)
+        costs = step_costs(TASKS[name], data, options, config[name], **repeats)
         rows += [{"task": name, "model": model} | cost for model, cost in costs.items()]
     columns = [f"{prefix}{unit}" for prefix in ("", "bare_") for unit in ("ms_per_step", "samples_per_second")]
     table = pd.DataFrame(rows)[["task", "model", *columns, "overhead", "kernel"]]

@@ -155,6 +155,12 @@ def test_a_report_without_the_baselines_leaves_them_out(quick_run, tmp_path):
     assert not list(tmp_path.glob("*forecaster*")) and (tmp_path / "pytorch_rnn_long_range.png").exists()
 
 
+def test_no_cost_is_measured_where_no_run_is_left(quick_run, tmp_path, monkeypatch, no_figures):
+    folder = shutil.copytree(quick_run, tmp_path / "done")
+    monkeypatch.setattr(rnn, "measure_costs", None)
+    assert quick(folder, "--resume") == 0
+
+
 def test_seeds_run_later_are_added_to_the_earlier_ones(tmp_path, no_figures):
     for seed in (5, 3):
         assert quick(tmp_path, "--tasks", "forecaster", "--models", "RNN", "GRU", "--seeds", seed) == 0
