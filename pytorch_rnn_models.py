@@ -1434,10 +1434,7 @@ class TaskData:
     sizes: Mapping  # constructor keywords of the models that the data decide
     preprocessing: Mapping  # turns words or values into inputs, and back
     facts: Mapping  # for the reader
-    samples: Sequence  # three training examples
-    examples: (
-        DataFrame  # a row per test example: `truth`, what it is, what the generator knows of it
-    )
+    examples: DataFrame  # a row per test example: `truth`, what it is, what the generator knows
     spell: Callable  # answers (N,) to the test examples as labels, words, values
     baselines: Callable  # called once per seed, not once per model
     ceilings: Mapping = field(default_factory=dict)  # none for a user's data
@@ -1446,10 +1443,10 @@ class TaskData:
     offset: float = 0.0  # a target of zero, in the user's units
 
     def spelled(self, kind, answers):
-        """Answers to the test examples as a record holds them: in columns, as labels, words or values."""
-        columns = {name: np.asarray(values).tolist() for name, values in answers.items()}
-        answer = self.spell(np.asarray(answers["answer"])).tolist()
-        return {**columns, "kind": kind, "answer": answer}
+        """Answers to the test examples as a record holds them: lists, the answers spelled out."""
+        table = DataFrame(answers)
+        table = table.assign(answer=self.spell(table["answer"]))
+        return {"kind": kind, **table.to_dict("list")}
 
 
 def dealt_by_label(labels, rng):
@@ -1465,8 +1462,8 @@ def build_reviews(config, seed, device=CPU):
     """Reviews without repetitions, split, encoded with the training split's vocabulary; InputError.
 
     Of a review longer than `max_words` the end is kept: that is where reviewers conclude. A file's
-    reviews are dealt out so that each split has its share of every label; generated ones come in random
-    order.
+    reviews are dealt out so that each split has its share of every label; generated ones come in
+    random order.
     """
     rng = random_generator(seed, "reviews")
     if config.file:
@@ -1474,7 +1471,7 @@ def build_reviews(config, seed, device=CPU):
         order = dealt_by_label(reviews.labels, rng)
     else:
         reviews = generate_reviews(config, rng)
-        order = pd.RangeIndex(len(reviews.texts))
+        order = range(len(reviews.texts))
     tokens = Series([tuple(tokenize(text, WORDS)) for text in reviews.texts])[order]
     tokens = tokens[tokens.map(len) > 0].drop_duplicates()  # repetitions would cross the splits
     kept = tokens.index
@@ -1483,9 +1480,8 @@ def build_reviews(config, seed, device=CPU):
     names = np.array(reviews.names)
 
     parts = three_parts(len(words), 20, "different reviews that hold a word")
-    vocabulary = fit_vocabulary(
-        (word for review in words[parts[0]] for word in review), config.vocab_size
-    )
+    train_words = (word for review in words[parts[0]] for word in review)
+    vocabulary = fit_vocabulary(train_words, config.vocab_size)
     ids = [encode(review, vocabulary) for review in words]
     train, validation, test = (ReviewDataset(ids[part], labels[part], device) for part in parts)
 
@@ -1494,13 +1490,9 @@ def build_reviews(config, seed, device=CPU):
     examples = DataFrame({"truth": names[truth], "text": [reviews.texts[i] for i in tested]})
     ceilings = {}
     if not config.file:
-        contradicts = reviews.praised[tested] != (truth == 1)
-        examples["ending"] = np.where(contradicts, CONTRADICTS, AGREES)
-        log_odds = reviews.log_odds[tested]
-        logits = np.stack([np.zeros(len(truth)), log_odds], axis=1)  # (N, 2)
+        examples["ending"] = np.where(reviews.praised[tested] == truth, AGREES, CONTRADICTS)
+        logits = np.outer(reviews.log_odds[tested], [0, 1])  # (N, 2)
         ceilings["Bayes decision"] = label_answers(logits, truth)
-    lengths = [len(review) for review in words]
-    unknown = (test.inputs == 1).sum().item() / test.lengths.sum().item()
     return TaskData(
         train=train,
         validation=validation,
@@ -1515,15 +1507,15 @@ def build_reviews(config, seed, device=CPU):
             "reviews": len(words),
             "left out as empty or repeated": len(reviews.texts) - len(words),
             **{f"share {name}": np.mean(labels == i) for i, name in enumerate(reviews.names)},
-            "mean length (words)": np.mean(lengths),
-            "longest": max(lengths),
-            "distinct words": len({word for review in words for word in review}),
+            "mean length (words)": np.mean([len(review) for review in words]),
+            "distinct words": len(set().union(*words)),
             "vocabulary": len(vocabulary),
-            "unknown words in the test split": unknown,
+            "unknown words in the test split": (
+                (test.inputs == 1).sum().item() / test.lengths.sum().item()
+            ),
         },
-        samples=[f"{names[reviews.labels[i]]}: {reviews.texts[i]}" for i in kept[:3]],
         examples=examples,
-        spell=lambda answers: names[answers.astype(int)],
+        spell=partial(np.take, names),
         baselines=partial(review_baselines, train, test, len(vocabulary)),
         ceilings=ceilings,
     )
@@ -1533,29 +1525,28 @@ def build_corpus(config, seed, device=CPU):
     """A corpus, cut in three, encoded with the training part's vocabulary; raises InputError."""
     window = config.window
     if config.file:
-        lines = io.StringIO(read_text(config.file.path))  # one at a time, which saves memory
+        lines = read_text(config.file.path).splitlines()  # one at a time, which saves memory
         words = [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
     else:
         corpus = generate_corpus(config, random_generator(seed, "corpus"))
         words = corpus["word"].tolist()
 
-    parts = three_parts(
-        len(words), 8 * (window + 1), "words"
-    )  # before windows: none straddles a cut
+    # before windows: none straddles a cut
+    parts = three_parts(len(words), 8 * (window + 1), "words")
     vocabulary = fit_vocabulary(words[parts[0]], config.vocab_size)
     if len(vocabulary) < 3:
         raise InputError(f"no known word in its first {TRAIN_SHARE:.0%}, the training part")
     ids = encode(words, vocabulary)
-    train = CorpusDataset(ids[parts[0]], window, device=device)
+    train_ids = ids[parts[0]]
+    train = CorpusDataset(train_ids, window, device=device)
     validation = CorpusDataset(ids[parts[1]], window, MOST_WINDOWS, device)
     test = CorpusDataset(ids[parts[2]], window, MOST_WINDOWS, device)
 
-    starts = range(parts[2].start, len(words) - window, test.stride)  # of the test windows
-    targets = [start + window for start in starts]
+    targets = range(parts[2].start + window, len(words), test.stride)  # of the test windows
     examples = DataFrame(
         {
             "truth": [words[i] for i in targets],
-            "text": [" ".join(words[i : i + window]) for i in starts],
+            "text": [" ".join(words[i - window : i]) for i in targets],
         }
     )
     ceilings = {}
@@ -1570,8 +1561,7 @@ def build_corpus(config, seed, device=CPU):
                 "score": (known["likeliest"] == known["word"]).astype(float),
             }
         )
-    trained_on = set(zip(*(ids[parts[0]][i:] for i in range(window))))
-    spelling = np.array(list(vocabulary))
+    trained_on = set(zip(*(train_ids[i:] for i in range(window))))
     return TaskData(
         train=train,
         validation=validation,
@@ -1588,13 +1578,9 @@ def build_corpus(config, seed, device=CPU):
                 [tuple(ids) in trained_on for ids in test.inputs.tolist()]
             ),
         },
-        samples=[
-            f"{' '.join(words[i : i + window])} -> {words[i + window]}"
-            for i in range(0, 3 * (window + 1), window + 1)
-        ],
         examples=examples,
-        spell=lambda answers: spelling[answers.astype(int)],
-        baselines=partial(corpus_baselines, ids[parts[0]], test, len(vocabulary)),
+        spell=partial(np.take, list(vocabulary)),
+        baselines=partial(corpus_baselines, train_ids, test, len(vocabulary)),
         ceilings=ceilings,
     )
 
@@ -1602,7 +1588,8 @@ def build_corpus(config, seed, device=CPU):
 def build_series(config, seed, device=CPU):
     """A series, cut in three, in units of how far training values lie from their windows' means.
 
-    Of a short series the windows are a tenth at most, so that each part holds some; raises InputError.
+    Of a short series the windows are a tenth at most, so that each part holds some; raises
+    InputError.
     """
     doubts = []
     if config.file:
@@ -1611,24 +1598,22 @@ def build_series(config, seed, device=CPU):
         values = generate_series(config, random_generator(seed, "series"))
     window = min(config.window, max(4, len(values) // 10))
     if window < config.window:
-        few = (
+        doubts.append(
             f"{len(values):,} values are few: windows of {window} steps in place of {config.window}"
         )
-        doubts.append(few)
 
     parts = three_parts(len(values), 48, "values")  # before windows: none straddles a cut
     train_values = values[parts[0]]
     test_values = values[parts[2]]
     step = math.ceil(len(values) / MOST_WINDOWS)
-    rows = torch.as_tensor(train_values).unfold(0, window + 1, 1)[::step]  # (N, T + 1)
+    rows = torch.as_tensor(train_values).unfold(0, window + 1, step)  # (N, T + 1)
     from_mean = rows - rows[:, :-1].mean(dim=1, keepdim=True)
     unit = from_mean.square().mean().sqrt().item()
-    with np.errstate(over="ignore", invalid="ignore"):  # said in one line below
-        offset = float(train_values.mean())
     if not 0 < unit < math.inf:
         raise InputError(
             f"constant over its first {TRAIN_SHARE:.0%}, the training part, or too large"
         )
+    offset = float(train_values.mean())
     scaled = [(values[part] - offset) / unit for part in parts]
     every, validation, test = (SeriesDataset(part, window, device=device) for part in scaled)
     stride = min(config.stride, math.ceil(len(every) / 1000))  # a short series can spare no window
@@ -1665,14 +1650,10 @@ def build_series(config, seed, device=CPU):
             "window (steps)": window,
             **({"season (steps)": season} if season else {}),
         },
-        samples=[
-            " ".join(f"{value:.4g}" for value in train_values[i : i + 12]) + " ..."
-            for i in (0, window, 2 * window)
-        ],
         examples=DataFrame(
             {
                 "truth": test_values[window:],
-                "step": np.arange(parts[2].start + window, len(values)) + 1,
+                "step": range(parts[2].start + window + 1, len(values) + 1),  # from 1
             }
         ),
         spell=lambda answers: test_values[window - 1 : -1] + unit * answers,
@@ -1715,7 +1696,10 @@ class Task:
     hard_title: str = ""
 
     def measure(self, loss, score, unit):
-        """Mean loss and the task's metrics, from a loss and a score per example (N,), or their means."""
+        """Mean loss and the task's metrics by name, in the user's units.
+
+        `loss` and `score` are those of each example (N,), or their means.
+        """
         means = {"loss": float(np.mean(loss)), "score": float(np.mean(score))}
         metrics = {}
         for metric in self.metrics:
@@ -1755,8 +1739,8 @@ MAE = Metric("mae", "MAE (series units)", "score", unit_power=1)
 CLASSIFIER = Task(
     name="classifier",
     title="Text classification",
-    question="Is a film review positive? Opinions are scattered over its whole length, some of them "
-    "negated, and the verdict at its end often misleads.",
+    question="Is a film review positive? Opinions are scattered over its whole length, some of "
+    "them negated, and the verdict at its end often misleads.",
     models={"RNN": RNNClassifier, "LSTM": LSTMClassifier, "GRU": GRUClassifier},
     build_data=build_reviews,
     loss=label_loss,
@@ -1773,8 +1757,8 @@ CLASSIFIER = Task(
 PREDICTOR = Task(
     name="predictor",
     title="Next-word prediction",
-    question="Which word comes next? Verbs and objects depend on a subject up to nine words back, past "
-    "other nouns.",
+    question="Which word comes next? Verbs and objects depend on a subject up to nine words back, "
+    "past other nouns.",
     models={"RNN": RNNPredictor, "LSTM": LSTMPredictor, "GRU": GRUPredictor},
     build_data=build_corpus,
     loss=partial(F.cross_entropy, reduction="none"),
@@ -1810,14 +1794,16 @@ def cell_name(model):
 
 
 def sized(cell, match):
-    """The name of a cell's model, of equal hidden size or, with "params", of equal recurrent parameters."""
+    """The name of a cell's model: of equal hidden size or, with "params", recurrent parameters."""
     return cell + MATCHED if match == "params" and cell != "LSTM" else cell
 
 
 def model_arguments(name, config, data):
     """The constructor arguments of a model: from the configuration and from the data."""
-    sizes = ("embed_dim", "hidden_dim", "n_layers", "dropout")
-    arguments = {size: getattr(config, size) for size in sizes if hasattr(config, size)}
+    arguments = dict(data.sizes)
+    for size in ("embed_dim", "hidden_dim", "n_layers", "dropout"):
+        if hasattr(config, size):
+            arguments[size] = getattr(config, size)
     if name.endswith(MATCHED):
 
         def recurrent_parameters(cell, hidden_dim):
@@ -1830,7 +1816,7 @@ def model_arguments(name, config, data):
             range(1, 3 * config.hidden_dim),  # an RNN needs about twice the LSTM's units
             key=lambda size: abs(recurrent_parameters(cell_name(name), size) - target),
         )
-    return {**data.sizes, **arguments}
+    return arguments
 
 
 def build_model(task, name, config, data, seed):
@@ -2101,9 +2087,8 @@ EVIDENCE = {  # task: (task, trained model, untrained model, data) -> what a rec
 # From here on `run` is a Run, `experiment` an Experiment, `folder` its Path of the output directory.
 
 BASELINES = "baselines"  # stands for a model where there is nothing to train
-NO_GUARD = (
-    64  # exit status of a child that would begin everything again: the user's script has no guard
-)
+# exit status of a child that would begin everything again: the user's script has no guard
+NO_GUARD = 64
 
 
 class Run(NamedTuple):
@@ -2123,12 +2108,12 @@ class Run(NamedTuple):
         """Where its record is written, last of all."""
         name = f"{self.task}_{self.model}_seed{self.seed}"
         if self.is_tuning:
-            return folder / "runs" / "tuning" / f"{name}_rate{self.learning_rate:g}.json"
-        return folder / "runs" / f"{name}.json"
+            return folder / f"runs/tuning/{name}_rate{self.learning_rate:g}.json"
+        return folder / f"runs/{name}.json"
 
     def model_path(self, folder):
         """Where its checkpoint is written."""
-        return folder / "models" / f"{self.task}_{self.model}_seed{self.seed}.pt"
+        return folder / f"models/{self.task}_{self.model}_seed{self.seed}.pt"
 
 
 @dataclass(frozen=True)
@@ -2187,8 +2172,7 @@ def write_whole(path, content):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 # --- one run --------------------------------------------------------------------------
@@ -2257,17 +2241,21 @@ def complete_run(run, experiment, on_epoch):
         content = try_rate(run, experiment, data, on_epoch)
     else:
         content = train_and_test(run, experiment, data, on_epoch)
-    environment = {  # what the numbers may depend on beside the configuration and the seed
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
+    record = {
+        **run._asdict(),
+        "unit": data.unit,
+        "labels": data.preprocessing.get("labels"),
+        "environment": {  # what the numbers may depend on beside the configuration and the seed
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "system": f"{platform.system()} {platform.machine()}",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+        },
+        **content,
     }
-    labels = data.preprocessing.get("labels")
-    about = {"unit": data.unit, "labels": labels, "environment": environment}
-    write_whole(path, json.dumps({**run._asdict(), **about, **content}))
+    write_whole(path, json.dumps(record))
 
 
 # --- many runs ------------------------------------------------------------------------
@@ -2327,7 +2315,8 @@ def attempt_in_child(run, experiment, on_epoch, context):
 def block_signals():
     """Leave Ctrl-C and SIGTERM to the main thread; processes started in this one inherit that."""
     if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # else the first process starts it, which takes the mask away
+        # else the first process starts it, which takes the mask away
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
 
 
@@ -2338,7 +2327,8 @@ def attempt_all(runs, experiment, workers, on_epoch):
             yield run, attempt(run, experiment, partial(on_epoch, run))
         return
     load_data.cache_clear()  # from here on the processes hold the data
-    # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was page faults
+    # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was
+    # page faults
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
@@ -2358,15 +2348,8 @@ def attempt_all(runs, experiment, workers, on_epoch):
             time.sleep(0.02)
 
 
-def epoch_line(run, row):
-    """The losses and the metric of an epoch."""
-    names = dict.fromkeys(["loss", TASKS[run.task].metrics[0].name])
-    values = [f"{name} {row['train'][name]:.4g}/{row['validation'][name]:.4g}" for name in names]
-    return f"{run}  epoch {row['epoch']:2d}  train/val {', '.join(values)}"
-
-
 def complete_runs(runs, experiment):
-    """Do what is not finished of `runs`, and show how far it is; returns the errors of those that failed."""
+    """Do what is not finished of `runs`, and show how far it is; returns the errors by failed run."""
     if experiment.resume:
         runs = unfinished(runs, experiment.folder)
     if not runs:
@@ -2375,16 +2358,12 @@ def complete_runs(runs, experiment):
     per_epoch = {}  # expected seconds
     left = {}  # of the whole run, if it uses all epochs
     for run in runs:
-        cost = experiment.costs[run.task].get(
-            run.model, {"seconds_per_epoch": 0.0}
-        )  # the baselines
+        cost = experiment.costs[run.task].get(run.model, {"seconds_per_epoch": 0.1})  # baselines
         per_epoch[run] = cost["seconds_per_epoch"]
         left[run] = per_epoch[run] * experiment.config[run.task].training.epochs
     # of each task and seed the baselines first, which hold the test examples, then the longest run
-    turns = list(product(experiment.tasks, experiment.seeds))
-    runs = sorted(
-        runs, key=lambda r: (turns.index((r.task, r.seed)), r.model != BASELINES, -left[r])
-    )
+    tasks = list(TASKS)
+    runs = sorted(runs, key=lambda r: (tasks.index(r.task), r.seed, r.model != BASELINES, -left[r]))
     total = sum(left.values())
     print(
         f"{len(runs)} runs on {experiment.device}, {workers} at a time with a thread each: about "
@@ -2399,30 +2378,33 @@ def complete_runs(runs, experiment):
         bar_format="all runs {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left",
     )
     start = time.monotonic()
-    lock = threading.Lock()  # epochs end in many threads
 
-    def advance(run, seconds, line):
-        with lock:
-            left[run] -= seconds
-            bar.update(seconds)
-            tqdm.write(line, file=sys.stderr)
+    def show_progress(line):
+        bar.n = total - sum(left.values())
+        tqdm.write(line, file=sys.stderr)  # draws the bar anew
 
-    def on_epoch(run, row):
-        advance(run, per_epoch[run], epoch_line(run, row))
+    def on_epoch(run, row):  # called in many threads, for a run always in the same one
+        left[run] -= per_epoch[run]
+        names = ("loss", TASKS[run.task].metrics[0].name)
+        values = [
+            f"{name} {row['train'][name]:.4g}/{row['validation'][name]:.4g}" for name in names
+        ]
+        show_progress(f"{run}  epoch {row['epoch']:2d}  train/val {', '.join(values)}")
 
     failures = {}
     ended = attempt_all(runs, experiment, workers, on_epoch)
-    with closing(bar), closing(ended):
+    with bar, closing(ended):
         for n, (run, error) in enumerate(ended, start=1):
-            if error and not isinstance(error, RuntimeError):  # no failure of this run alone
-                raise error
-            if error:
+            left[run] = 0
+            rest = sum(left.values())
+            seconds = (time.monotonic() - start) * rest / (total - rest)
+            outcome = f"{run}  done ({n} of {len(runs)}, {tqdm.format_interval(seconds)} left)"
+            if isinstance(error, RuntimeError):
                 failures[run] = error
-            rest = sum(left.values()) - left[run]
-            seconds = (time.monotonic() - start) * rest / max(total - rest, 1e-9)
-            place = f"{n} of {len(runs)}, {tqdm.format_interval(seconds)} left"
-            outcome = f"failed: {run}: {error}" if error else f"{run}  done ({place})"
-            advance(run, left[run], outcome)
+                outcome = f"failed: {run}: {error}"
+            elif error:  # no failure of this run alone
+                raise error
+            show_progress(outcome)
     return failures
 
 
@@ -2430,40 +2412,38 @@ def complete_runs(runs, experiment):
 
 
 def read_records(folder, subfolder="runs"):
-    """The records in a folder by run: by task, model and seed, baselines last; what is none is named."""
-    records = {}
+    """The records in a folder, by run; files that are none are named.
+
+    In the order of tasks, models (baselines last), seeds and learning rates.
+    """
+    tasks = list(TASKS)
+    models = [*CELLS, *(name + MATCHED for name in CELLS), BASELINES]
+    found = {}
     for path in (folder / subfolder).glob("*.json"):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_bytes())
             run = Run(*(record[name] for name in Run._fields))
-            if path != run.record_path(folder) or run.task not in TASKS or "unit" not in record:
+            place = tasks.index(run.task), models.index(run.model), run.seed, run.learning_rate
+            if path != run.record_path(folder) or "unit" not in record:
                 raise ValueError("the record of another run")
-            records[run] = record
-        except (ValueError, KeyError, TypeError, OSError, RecursionError):
+            found[place] = run, record
+        except Exception:  # a foreign or damaged file can be anything
             print(f"{path} is not the whole record of a run; it is left out", file=sys.stderr)
-    models = [*CELLS, *(name + MATCHED for name in CELLS), BASELINES]
-
-    def place(run):
-        return list(TASKS).index(run.task), models.index(run.model), run.seed, run.learning_rate
-
-    return {run: records[run] for run in sorted(records, key=place)}
-
-
-def is_finished(run, record, folder):
-    """Whether the run has left its record, and the model that belongs to it."""
-    if (
-        record is None or "checkpoint" not in record
-    ):  # of baselines and tuning runs there is no model
-        return record is not None
-    path = run.model_path(folder)
-    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == record["checkpoint"]
+    return dict(found[place] for place in sorted(found))
 
 
 def unfinished(runs, folder):
     """Those of the runs that are not finished; where something of one is there, it is named."""
     records = {**read_records(folder), **read_records(folder, "runs/tuning")}
-    rest = [run for run in runs if not is_finished(run, records.get(run), folder)]
-    for path in (run.record_path(folder) for run in rest):
+    rest = []
+    for run in runs:
+        path = run.model_path(folder)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+        # the record of baselines or of a tuning run names no model
+        if run in records and records[run].get("checkpoint", digest) == digest:
+            continue
+        rest.append(run)
+        path = run.record_path(folder)
         if path.exists():
             print(f"{path}, or its model, is damaged; the run is done again", file=sys.stderr)
     print(f"resuming: {len(runs) - len(rest)} of {len(runs)} runs are finished", file=sys.stderr)
@@ -2486,8 +2466,9 @@ def read_config(folder):
     if not path.exists():
         raise InputError(f"no runs in {folder}; train first")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        config = json.loads(path.read_bytes())
+        return {name: dict(config[name]) for name in TASKS}
+    except Exception as error:  # a foreign or damaged file can be anything
         raise InputError(f"{path}: damaged; choose another --output-dir") from error
 
 
@@ -2501,22 +2482,34 @@ def make_folder(folder, tasks, config):
             (folder / name).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder / name).close()
     except OSError as error:
-        where = f"--output-dir {folder}: cannot be written ({error.strerror}); choose another"
-        raise OSError(where) from error
+        raise OSError(
+            f"--output-dir {folder}: cannot be written ({error.strerror}); choose another"
+        ) from error
     asked = {name: plain_config(of_task) for name, of_task in config.items()}
     if not (folder / "config.json").exists():
         write_whole(folder / "config.json", json.dumps(asked, indent=1))
     there = read_config(folder)
-    for name in tasks:
-        for key, value in asked[name].items():
-            if there[name].get(key) != value:
-                raise InputError(
-                    f"{folder} holds another configuration ({name}: {key} {there[name].get(key)}, not "
-                    f"{value}); choose another --output-dir"
-                )
+    for name, key in ((name, key) for name in tasks for key in asked[name]):
+        if there[name].get(key) != asked[name][key]:
+            raise InputError(
+                f"{folder} holds another configuration ({name}: {key} {there[name].get(key)}, not "
+                f"{asked[name][key]}); choose another --output-dir"
+            )
 
 
 # --- the choice of learning rates -----------------------------------------------------
+
+
+def best_of(history):
+    """How many epochs there were, the one whose weights were kept, and its validation loss."""
+    losses = [math.inf]  # before the first epoch
+    losses.extend(epoch["validation"]["loss"] for epoch in history)
+    val_loss = min(losses)
+    return {
+        "val_loss": val_loss,
+        "best_epoch": losses.index(val_loss),
+        "epochs": len(history),
+    }
 
 
 def tuning_table(runs, folder):
@@ -2527,14 +2520,10 @@ def tuning_table(runs, folder):
     records = read_records(folder, "runs/tuning")
     rows = []
     for run in runs:
-        losses = [row["validation"]["loss"] for row in records.get(run, {}).get("history", [])]
-        best = min(losses, default=math.inf)
-        best_epoch = losses.index(best) + 1 if losses else 0
-        rows.append(
-            (run.task, run.model, run.learning_rate, run.seed, best, best_epoch, len(losses))
-        )
+        history = records.get(run, {}).get("history", [])
+        rows.append({**run._asdict(), **best_of(history)})
     columns = ["task", "model", "learning_rate", "seed", "val_loss", "best_epoch", "epochs"]
-    table = DataFrame(rows, columns=columns)
+    table = DataFrame(rows)[columns]
     means = table.groupby(columns[:3])["val_loss"].transform("mean")
     lowest = means.groupby([table["task"], table["model"]]).transform("min")
     return table.assign(chosen=(means == lowest) & np.isfinite(means))
@@ -2543,8 +2532,8 @@ def tuning_table(runs, folder):
 def tune_rates(experiment, grid):
     """Each model's learning rate, by (task, model), and the table of the runs that it was chosen from.
 
-    All models try one grid; a rate at its edge is followed one step outwards. A model gets no rate if a run
-    failed other than by divergence, for that rate may be the best, or if all rates diverged.
+    All models try one grid; a rate at its edge is followed one step outwards. A model gets no rate
+    if a run failed other than by divergence, for that rate may be the best, or if all rates diverged.
     """
     outwards = {
         grid[0]: RATES[RATES.index(grid[0]) - 1],
@@ -2557,12 +2546,12 @@ def tune_rates(experiment, grid):
         new = []
         for (task, model, rate), seed in product(untried, experiment.seeds):
             new.append(Run(task, model, seed, rate, is_tuning=True))
-        failures = complete_runs(new, experiment)
-        killed = [run for run in failures if not isinstance(failures[run], Diverged)]
-        incomplete.update((run.task, run.model) for run in killed)
+        for run, error in complete_runs(new, experiment).items():
+            if not isinstance(error, Diverged):
+                incomplete.add((run.task, run.model))
         runs.extend(new)
         table = tuning_table(runs, experiment.folder)
-        chosen = table[table["chosen"]].groupby(["task", "model"])["learning_rate"].first()
+        chosen = table.query("chosen").groupby(["task", "model"])["learning_rate"].first()
         untried = [(*pair, outwards[rate]) for pair, rate in chosen.items() if rate in outwards]
         outwards = {}  # one step only
     return {pair: rate for pair, rate in chosen.items() if pair not in incomplete}, table
@@ -2576,7 +2565,7 @@ def tune_rates(experiment, grid):
 CSV_METRICS = ["loss", "accuracy", "mse", "mae"]
 SIZES = ["parameters", "recurrent_parameters"]
 RUN_COLUMNS = ["task", "model", "seed", "learning_rate", *SIZES, "epochs", "best_epoch", "seconds"]
-RUN_COLUMNS += ["val_loss", *(f"test_{metric}" for metric in CSV_METRICS)]
+RUN_COLUMNS += ["val_loss", "test_loss", "test_accuracy", "test_mse", "test_mae"]
 COST_COLUMNS = ["ms_per_step", "samples_per_second", "activation_bytes", "kernel"]
 EXAMPLE_COLUMNS = ["truth", "text", "step", "ending", "role", "distance"]
 
@@ -2584,33 +2573,31 @@ EXAMPLE_COLUMNS = ["truth", "text", "step", "ending", "role", "distance"]
 def examples_table(records):
     """A row per test example and per model, baseline or ceiling: every score is a view of this table.
 
-    Columns: task, seed, name, kind, example, its answer, probability, loss and score; `unit`, one unit of
-    the targets; and of the example what `EXAMPLE_COLUMNS` names, as far as it is known.
+    Columns: task, seed, name, kind, example, its answer, probability, loss and score; `unit`, one unit
+    of the targets; and of the example what `EXAMPLE_COLUMNS` names, as far as it is known.
     """
-    known = {}
+    known = {(r["task"], r["seed"]): r["examples"] for r in records if "examples" in r}
     parts = []
     for record in records:
-        if "examples" in record:
-            known[record["task"], record["seed"]] = DataFrame(record["examples"])
-    for record in records:
         of_seed = {key: record[key] for key in ("task", "seed", "unit")}
-        examples = known.get((record["task"], record["seed"]), DataFrame())
+        examples = known.get((record["task"], record["seed"]), {})
         for name, answers in record["answers"].items():
-            part = DataFrame({**of_seed, "name": name, **answers})
-            parts.append(part.assign(example=part.index).join(examples))
-    table = pd.concat(parts, ignore_index=True)
+            parts.append(DataFrame({**of_seed, "name": name, **answers, **examples}))
+    table = pd.concat(parts).rename_axis("example").reset_index()
     columns = table.columns.union(["probability", *EXAMPLE_COLUMNS], sort=False)
     return table.reindex(columns=columns).astype({"loss": "float32", "score": "float32"})
 
 
 def score_table(examples):
-    """What each model, baseline and ceiling scores on each seed: task, name, kind, seed, metric, value."""
+    """What each model, baseline and ceiling scores: task, name, kind, seed, metric, value."""
     key = ["task", "name", "kind", "seed"]
     rows = []
-    for group, answers in examples.groupby([*key, "unit"], sort=False):
-        loss, score = answers[["loss", "score"]].to_numpy().T.copy()
-        values = TASKS[group[0]].measure(loss, score, unit=group[-1])
-        rows.extend((*group[:-1], metric, value) for metric, value in values.items())
+    for (*group, unit), answers in examples.groupby([*key, "unit"], sort=False):
+        columns = (
+            answers[["loss", "score"]].to_numpy().T.copy()
+        )  # NumPy's sum depends on the layout
+        for metric, value in TASKS[group[0]].measure(*columns, unit).items():
+            rows.append((*group, metric, value))
     return DataFrame(rows, columns=[*key, "metric", "value"])
 
 
@@ -2620,34 +2607,26 @@ def run_table(records, scores, config):
     Losses are those that training minimised: of scaled values in the forecaster. `capped`: training was
     ended by the cap on epochs.
     """
-    tested = scores.pivot_table("value", ["task", "name", "seed"], "metric").add_prefix("test_")
+    tested = scores.pivot_table("value", ["task", "name", "seed"], "metric")
     rows = []
     for record in records:
-        losses = [epoch["validation"]["loss"] for epoch in record["history"]]
-        best_epoch = losses.index(min(losses)) + 1  # its weights were kept
         of_task = config[record["task"]]
+        title = TASKS[record["task"]].title
+        best = best_of(record["history"])
         rows.append(
             {
                 **record,
                 **record["cost"],
-                **tested.loc[record["task"], record["model"], record["seed"]],
-                "title": task_title(TASKS[record["task"]], of_task),
+                **best,
+                "title": f"{title}: {of_task['file']}" if of_task["file"] else title,
                 "parameters": sum(record["parts"].values()),
                 "recurrent_parameters": record["parts"]["recurrent"],
-                "epochs": len(losses),
-                "best_epoch": best_epoch,
-                "capped": len(losses) - best_epoch < of_task["patience"],
+                "capped": best["epochs"] - best["best_epoch"] < of_task["patience"],
                 "seconds": round(sum(epoch["seconds"] for epoch in record["history"]), 1),
-                "val_loss": min(losses),
             }
         )
-    table = DataFrame(rows)
-    return table.reindex(columns=table.columns.union(RUN_COLUMNS, sort=False))
-
-
-def task_title(task, config):
-    """The task, with the user's file."""
-    return f"{task.title}: {config['file']}" if config["file"] else task.title
+    tested = tested.reindex(columns=CSV_METRICS).add_prefix("test_")
+    return DataFrame(rows).join(tested, ["task", "model", "seed"])
 
 
 def history_table(runs):
@@ -2655,8 +2634,8 @@ def history_table(runs):
     rows = []
     for run in runs.itertuples():
         for row, split in product(run.history, ("train", "validation")):
-            key = (run.task, run.model, run.seed, row["epoch"], split)
-            rows.extend((*key, metric, value) for metric, value in row[split].items())
+            for metric, value in row[split].items():
+                rows.append((run.task, run.model, run.seed, row["epoch"], split, metric, value))
     columns = ["task", "model", "seed", "epoch", "split", "metric", "value"]
     return DataFrame(rows, columns=columns)
 
@@ -2677,8 +2656,9 @@ def predictions_table(examples):
 
 def confusion(answers, labels):
     """How often each label (K rows) was taken for each (K columns)."""
-    counts = pd.crosstab(answers["truth"], answers["answer"])
-    return counts.reindex(index=labels, columns=labels, fill_value=0)
+    return pd.crosstab(answers["truth"], answers["answer"]).reindex(
+        index=labels, columns=labels, fill_value=0
+    )
 
 
 def label_scores(examples, labels):
@@ -2689,10 +2669,13 @@ def label_scores(examples, labels):
         tested = counts.sum(axis=1).replace(0, math.nan)  # of a label never tested nothing is known
         right = Series(np.diag(counts), labels)
         part = DataFrame(
-            {"precision": right / counts.sum().clip(lower=1), "recall": right / tested}
+            {
+                "precision": right / counts.sum().clip(lower=1),
+                "recall": right / tested,
+                "F1": 2 * right / (counts.sum() + tested),
+            }
         )
-        part["F1"] = 2 * right / (counts.sum() + tested)
-        part.loc["mean of the labels"] = part[tested.notna()].mean()
+        part.loc["mean of the labels"] = part.dropna().mean()
         parts.append(part.map("{:.3f}".format).reset_index(names="label").assign(model=model))
     return pd.concat(parts)
 
@@ -2701,7 +2684,10 @@ def label_scores(examples, labels):
 
 
 def student_t(degrees, level=0.95):
-    """The two-sided critical value of Student's t distribution, from its density by the trapezoidal rule."""
+    """The two-sided critical value of Student's t distribution.
+
+    From its density by the trapezoidal rule.
+    """
     t = np.linspace(0, 14, 140_001)
     log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
     log_scale -= math.log(degrees * math.pi) / 2
@@ -2711,22 +2697,23 @@ def student_t(degrees, level=0.95):
 
 
 def paired_interval(differences):
-    """Mean of the differences by seed and the ends of its 95 % interval (Student's), nan for one seed."""
+    """Mean of the differences by seed and the ends of its 95 % interval; of one seed nan."""
+    mean = differences.mean()
     n = len(differences)
-    mean = float(differences.mean())
-    half = math.nan
-    if n > 1:
-        half = student_t(n - 1) * float(differences.std()) / math.sqrt(n)
+    half = student_t(max(n - 1, 1)) * differences.std() / math.sqrt(n)
     return mean, mean - half, mean + half
 
 
 def verdict(metric, a, b, mean, low, high):
     """A difference and its interval in words; where neither is better, it is a minus b."""
-    scale = 100 if metric.is_share else 1
-    unit = " points" if metric.is_share else f" in {metric.label.partition(' (')[0]}"
-    places = 1 if metric.is_share else decimals((high - low) / 2)
-    if math.isnan(low):
-        places = 1 if metric.is_share else decimals(mean, digits=2)
+    if metric.is_share:
+        scale = 100
+        unit = " points"
+        places = 1
+    else:
+        scale = 1
+        unit = f" in {metric.label.partition(' (')[0]}"
+        places = decimals(mean, 2) if math.isnan(low) else decimals((high - low) / 2)
     better, worse = (a, b) if (mean > 0) == metric.higher_is_better else (b, a)
     words = f"{better} better than {worse} by {scale * abs(mean):.{places}f}{unit}"
     ends = sorted([abs(low), abs(high)])
@@ -2748,8 +2735,8 @@ def compare(scores):
     for (task, name), cells in scores.groupby(["task", "metric"], sort=False):
         metric = next(metric for metric in TASKS[task].metrics if metric.name == name)
         values = cells.pivot_table("value", "seed", "name")
-        models = cells[cells["kind"] == "model"]["name"].unique()
-        baselines = values[cells[cells["kind"] == "baseline"]["name"].unique()].mean()
+        models = cells.query("kind == 'model'")["name"].unique()
+        baselines = values[cells.query("kind == 'baseline'")["name"].unique()].mean()
         ranked = baselines.sort_values(ascending=not metric.higher_is_better, kind="stable")
         for a, b in [*combinations(models, 2), *product(models, ranked.index[:1])]:
             differences = (values[a] - values[b]).dropna()
@@ -2791,11 +2778,13 @@ def decimals(value, digits=0):
 
 def show(mean, std=math.nan, is_share=False):
     """'0.039 ± 0.005', '76.1 % ± 1.2', '110': a number with as many digits as its spread supports."""
-    scale = 100 if is_share else 1
-    places = decimals(std) if std > 1e-9 * abs(mean) else decimals(mean, digits=3)
-    places = 1 if is_share else places
-    number = f"{scale * mean:z.{places}f}" + (" %" if is_share else "")
-    spread = f"{scale * std:.{places}f}"
+    if is_share:
+        number = f"{100 * mean:z.1f} %"
+        spread = f"{100 * std:.1f}"
+    else:
+        places = decimals(std) if std > 1e-9 * abs(mean) else decimals(mean, digits=3)
+        number = f"{mean:z.{places}f}"
+        spread = f"{std:.{places}f}"
     return f"{number} ± {spread}" if float(spread) > 0 else number
 
 
@@ -2812,10 +2801,10 @@ def markdown(table):
 
 def score_cells(scores, task):
     """A task's test scores as a person reads them."""
-    summary = summarise(scores[scores["task"] == task.name])
+    summary = summarise(scores)
     cells = summary.drop_duplicates("name")[["name", "kind"]]
     for metric in task.metrics:
-        rows = summary[summary["metric"] == metric.name]
+        rows = summary.query(f"metric == '{metric.name}'")
         cells[metric.name] = [
             show(*each, metric.is_share) for each in zip(rows["mean"], rows["std"])
         ]
@@ -2826,44 +2815,42 @@ def training_cells(runs):
     """How the models of a task came to their scores."""
     groups = runs.groupby("model", sort=False)
     cells = groups[["best_epoch", "epochs", "seconds"]].mean().map("{:.1f}".format)
-    for column in ("learning_rate", "seed"):
-        cells[column] = groups[column].agg(
-            lambda values: ", ".join(f"{v:g}" for v in values.unique())
-        )
-    return cells.reset_index()
+    lists = groups[["learning_rate", "seed"]].agg(lambda v: ", ".join(v.astype(str).unique()))
+    return cells.join(lists).reset_index()
 
 
 def facts_text(facts):
     """What is known of the data, in a line."""
-    shown = []
-    for name, value in facts.items():
-        shown.append(f"{name} {value:,.0f}" if value == int(value) else f"{name} {show(value)}")
+    shown = [
+        f"{name} {value:,.0f}" if value == int(value) else f"{name} {show(value)}"
+        for name, value in facts.items()
+    ]
     return ", ".join(shown)
 
 
 def findings(task, examples, runs, comparisons):
     """What the results of one task say, in sentences: verdicts, hard examples, what may mislead."""
-    shown = comparisons[comparisons["metric"].isin([task.metrics[0].name, PERPLEXITY.name])]
+    shown = comparisons.query(f"metric in ['{task.metrics[0].name}', '{PERPLEXITY.name}']")
     sentences = list(shown["verdict"])
     if shown["low"].isna().any():
         sentences.append("One seed supports no ranking")
-    accuracy = examples.groupby("name", sort=False)["score"].mean()
-    models = runs["model"].unique()
     if task.hard:
-        hard = examples.query(task.hard).groupby("name")["score"].mean()
-        shares = [
-            f"{model} {show(hard[model], is_share=True)}" for model in models if model in hard
-        ]
+        hard = examples.query(f"kind == 'model' and {task.hard}")
+        accuracy = hard.groupby("name", sort=False)["score"].mean()
+        shares = [f"{model} {show(share, is_share=True)}" for model, share in accuracy.items()]
         if shares:
             sentences.append(f"Accuracy, {task.hard_title}: {', '.join(shares)}")
+    accuracy = examples.groupby("name")["score"].mean()
     for model, of_model in runs.groupby("model", sort=False):
         if accuracy[model] <= accuracy.get(MAJORITY, -math.inf) + 0.01:
             sentences.append(f"{model} knows little more than how frequent the labels are")
         if of_model["learning_rate"].nunique() > 1:
             sentences.append(f"The means of {model} mix runs at different learning rates")
     if runs["capped"].any():
-        count = f"{runs['capped'].sum()} of {len(runs)} runs"
-        sentences.append(f"{count} ended at the cap on epochs, perhaps too soon: see --epochs")
+        sentences.append(
+            f"{runs['capped'].sum()} of {len(runs)} runs ended at the cap on epochs, perhaps too soon: "
+            "see --epochs"
+        )
     return sentences
 
 
@@ -2874,22 +2861,19 @@ def task_text(task, records, examples, scores, runs, comparisons, config):
     doubts = [f"Note: {doubt}" for record in of_data for doubt in record["doubts"]]
     sentences.extend(dict.fromkeys(doubts))
     parts = [
-        f"## {task_title(task, config)}",
+        f"## {runs['title'].iloc[0]}",
         "" if config["file"] else task.question,
         markdown(score_cells(scores, task)),
         markdown(training_cells(runs)),
         "\n".join(f"- {sentence}." for sentence in sentences),
     ]
-    labels = records[0]["labels"]
-    if of_data and labels:
-        models = examples[examples["kind"] == "model"]
-        parts.append(markdown(label_scores(models, labels)))
-        parts.append("The mean recall is the balanced accuracy.")
-    for record in of_data[:1]:
+    if of_data:
+        first = of_data[0]
+        if first["labels"]:
+            table = label_scores(examples.query("kind == 'model'"), first["labels"])
+            parts.append(f"{markdown(table)}\n\nThe mean recall is the balanced accuracy.")
         digest = config.get("digest", "generated")[:12]
-        parts.append(
-            f"The data of seed {record['seed']} ({digest}): {facts_text(record['facts'])}."
-        )
+        parts.append(f"The data of seed {first['seed']} ({digest}): {facts_text(first['facts'])}.")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -2902,6 +2886,7 @@ GREY = "#777777"
 PARTS = {"embedding": "", "recurrent": "////", "head": "...."}  # of a model, with their hatches
 STYLE = {
     "font.size": 9,
+    "lines.markersize": 5,
     "figure.dpi": 120,
     "legend.frameon": False,
     "grid.color": "#E4E4E4",
@@ -2914,48 +2899,86 @@ STYLE = {
 
 
 def colour(name):
-    """The colour of a model, the same in every figure; a matched model's is paler, a baseline's grey."""
+    """The colour of a model, the same in every figure; a matched one's is paler, others' is grey."""
     cell = CELLS.get(cell_name(name))
     return to_rgba(cell.colour if cell else GREY, 0.5 if name.endswith(MATCHED) else 1.0)
 
 
 def new_figure(width, height, rows=1, columns=1, **options):
     """A figure, its size in inches, and its axes (rows, columns)."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(max(width, 7.2), height), layout="constrained")  # titles need room
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def line(label, color=GREY, **look):
-    """An entry of a legend."""
-    return Line2D([], [], color=color, label=label, **look)
+def line(label, **look):
+    """An entry of a legend, in the colour of the model of that name, or grey."""
+    return Line2D([], [], color=colour(label), label=label, **look)
 
 
 def finish(figure, title, handles=()):
     """The figure with its title and, below it, a legend."""
     figure.suptitle(title)
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=7)
     return figure
+
+
+def draw_lines(axes, table, style, **look):
+    """A line per column of a table, in the colour of the model of that name."""
+    for name, values in table.items():
+        axes.plot(values, style, color=colour(name), label=name, **look)
+
+
+def mean_curves(runs, name):
+    """The mean over seeds of a list in the evidence, as far as all reach.
+
+    A column per model, a row per element, counted from 1.
+    """
+    curves = {}
+    for model, evidence in runs.groupby("model", sort=False)["evidence"]:
+        curves[model] = DataFrame(zip(*evidence.str[name])).mean(axis=1)
+    return DataFrame(curves).rename(lambda i: i + 1)
+
+
+def bar_panel(axes, table, labels=None, **settings):
+    """A bar per model (row), stacked of its parts (columns), with a label or its size behind it."""
+    left = 0
+    for part, sizes in table.items():
+        bars = axes.barh(
+            table.index,
+            sizes,
+            left=left,
+            color=table.index.map(colour),
+            hatch=PARTS.get(part),
+            edgecolor="white",
+        )
+        left = left + sizes
+    axes.bar_label(bars, labels, fmt="%.3g", padding=3)
+    axes.set_ylim(len(table) - 0.25, -0.75)  # a bar alone is no wider than among others
+    axes.grid(visible=False)
+    axes.margins(x=0.9)  # room for the labels
+    axes.set(**settings)
 
 
 def training_history_figure(runs, history, task):
     """Loss and metric by epoch: a column per model, a line per seed."""
     models = runs["model"].unique()
     metrics = task.metrics[:2]
-    width = max(3.2 * len(models) + 0.8, 7.2)
+    width = 3.2 * len(models) + 0.8
     figure, grid = new_figure(width, 5.4, len(metrics), len(models), sharex=True, sharey="row")
-    best = runs[["model", "seed", "best_epoch"]].rename(columns={"best_epoch": "epoch"})
-    for (row, metric), (column, model) in product(enumerate(metrics), enumerate(models)):
-        axes = grid[row, column]
-        curves = history[(history["model"] == model) & (history["metric"] == metric.name)]
+    history = history.merge(runs[["task", "model", "seed", "best_epoch"]])
+    for axes, (metric, model) in zip(grid.flat, product(metrics, models)):
+        curves = history.query("model == @model and metric == @metric.name")
         for (split, _), curve in curves.groupby(["split", "seed"]):
             style = ".:" if split == "train" else ".-"
-            axes.plot(curve["epoch"], curve["value"], style, color=colour(model), markersize=2)
-        kept = curves[curves["split"] == "validation"].merge(best)
-        axes.plot(kept["epoch"], kept["value"], "o", color=colour(model), markersize=5)
+            axes.plot(curve["epoch"], curve["value"], style, color=colour(model))
+        kept = curves.query("split == 'validation' and epoch == best_epoch")
+        axes.plot(kept["epoch"], kept["value"], "o", color=colour(model))
         axes.set(xlabel="epoch", ylabel=metric.label)
         axes.label_outer()
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        grid[0, column].set_title(model, color=colour(model), fontweight="bold")
+        axes.locator_params("x", integer=True, min_n_ticks=1)
+    for axes, model in zip(grid[0], models):
+        axes.set_title(model, color=colour(model), fontweight="bold")
     handles = [
         line("training (running mean over the epoch)", linestyle=":"),
         line("validation"),
@@ -2965,93 +2988,90 @@ def training_history_figure(runs, history, task):
 
 
 def forecasts_figure(runs, scores):
-    """Forecasts against the truth, one step ahead and free-running, and the latter's error by horizon."""
+    """Forecasts against the truth, one step ahead and free-running; the latter's error by horizon."""
     models = runs.drop_duplicates("model")
-    figure = Figure(figsize=(11, 1.9 * len(models) + 3.4), layout="constrained")
-    grid = figure.add_gridspec(len(models) + 1, 2, height_ratios=[*[1.0] * len(models), 1.3])
+    figure, grid = new_figure(11, 2.1 * len(models) + 3, len(models) + 1, 2)
     kinds = {
-        "": ("one step ahead", "test example, in order of time"),
-        "free_": ("free-running: each forecast is fed back", "steps after the last observed value"),
+        "": "test example, in order of time: one step ahead",
+        "free_": "steps after the last observed value: each forecast is fed back",
     }
-    for (row, run), (column, kind) in product(enumerate(models.itertuples()), enumerate(kinds)):
-        axes = figure.add_subplot(grid[row, column], ylabel="value (series units)")
-        title, xlabel = kinds[kind]
-        axes.set_title(f"{run.model}, seed {run.seed}, {title}", color=colour(run.model))
-        axes.set_xlabel(xlabel if row == len(models) - 1 else "")
-        steps = np.arange(1, len(run.evidence[f"{kind}truth"]) + 1)
-        axes.plot(steps, run.evidence[f"{kind}truth"], "o", color=GREY, markersize=2.5)
+    for axes, (run, kind) in zip(grid.flat, product(models.itertuples(), kinds)):
+        truth = run.evidence[f"{kind}truth"]
+        steps = range(1, len(truth) + 1)
+        axes.plot(steps, truth, ".", color=GREY)
         axes.plot(steps, run.evidence[f"{kind}forecast"], color=colour(run.model))
+        axes.set_title(f"{run.model}, seed {run.seed}", color=colour(run.model))
+        axes.set(xlabel=kinds[kind], ylabel="value (series units)")
 
-    errors = figure.add_subplot(grid[-1, :], xlabel="steps ahead", ylabel="MSE (series units²)")
-    for name, evidence in runs.groupby("model", sort=False)["evidence"]:
-        table = DataFrame(list(evidence))
-        free = np.mean(list(table["free_mse"]), axis=0)
-        errors.plot(np.arange(1, len(free) + 1), free, color=colour(name), label=name)
-    held = np.mean(list(table["persistence_mse"]), axis=0)
-    errors.plot(np.arange(1, len(held) + 1), held, color=GREY, label="persistence")
-    variance = table["variance"].mean()
+    errors, place = grid[-1]
+    free = mean_curves(runs, "free_mse")
+    free["persistence"] = mean_curves(runs, "persistence_mse").mean(axis=1)
+    draw_lines(errors, free, "-")
+    variance = runs["evidence"].str["variance"].mean()
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
-    ceilings = scores.query("kind == 'ceiling' and metric == 'mse'").groupby("name")["value"].mean()
-    for name, value in ceilings.items():
-        errors.axhline(value, color="black", linestyle=":", label=f"{name}, one step ahead")
-    errors.set(title="Free-running error, mean over seeds", ylim=(0, 1.3 * errors.get_ylim()[1]))
-    errors.legend(loc="upper center", ncols=6)
-    handles = [line("observed value", linestyle="", marker="o"), line("forecast", color="black")]
-    return finish(figure, f"{runs['title'].iloc[0]}: forecasts against the truth", handles)
+    ceilings = scores.query("kind == 'ceiling' and metric == 'mse'")
+    for name, values in ceilings.groupby("name")["value"]:
+        label = f"{name}, one step ahead"
+        errors.axhline(values.mean(), color="black", linestyle=":", label=label)
+    errors.set(
+        title="Free-running error, mean over seeds",
+        xlabel="steps ahead",
+        ylabel="MSE (series units²)",
+        ylim=(0, None),
+    )
+    handles = [line("observed value", linestyle="", marker="."), *errors.lines]
+    place.legend(handles=handles, loc="center left")
+    place.axis("off")
+    return finish(figure, f"{runs['title'].iloc[0]}: forecasts against the truth")
 
 
 def parameters_figure(models):
     """Parameters by part, each model of each task."""
-    tasks = list(models.groupby("title", sort=False))
+    tasks = models.groupby(["title", "seed"], sort=False)  # vocabularies differ from seed to seed
     figure, grid = new_figure(9, 1.6 * len(tasks) + 1, len(tasks))
-    look = {"edgecolor": "white", "linewidth": 0.5}
-    for axes, (title, table) in zip(grid[:, 0], tasks):
-        for run in table.iloc[::-1].itertuples():  # barh draws upwards
-            left = 0
-            for part, hatch in PARTS.items():
-                size = run.parts.get(part, 0)
-                axes.barh(run.model, size, left=left, hatch=hatch, color=colour(run.model), **look)
-                left += size
-            text = f" {run.parameters:,} (recurrent {run.recurrent_parameters:,})"
-            axes.text(run.parameters, run.model, text, va="center")
-        axes.set_title(f"{title}, seed {run.seed}")  # vocabularies differ from seed to seed
-        axes.set_xlim(0, 1.35 * table["parameters"].max())
+    for axes, ((title, seed), table) in zip(grid.flat, tasks):
+        bar_panel(
+            axes,
+            DataFrame(list(table["parts"]), table["model"]),
+            [
+                f"{r.parameters:,} (recurrent {r.recurrent_parameters:,})"
+                for r in table.itertuples()
+            ],
+            title=f"{title}, seed {seed}",
+            xmargin=0.35,
+        )
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(axis="y", visible=False)
     axes.set_xlabel("trainable parameters")
     handles = [
-        Patch(facecolor=GREY, hatch=hatch, label=part, **look) for part, hatch in PARTS.items()
+        Patch(facecolor=GREY, edgecolor="white", hatch=hatch, label=part)
+        for part, hatch in PARTS.items()
     ]
     return finish(figure, "Parameters by part of the model", handles)
 
 
 def layer_text(layer):
-    """What stands in the box of a layer: its kind, settings, output shape and weights."""
-    settings = re.sub(r", (batch_first|inplace|bias)=\w+|\w+_features=", "", layer["settings"])
-    lines = [layer["kind"].replace("Recurrent", "last state")]
-    if settings:
-        lines.append(f"({settings})")
-    lines.append(f"→ (B, {', '.join(map(str, layer['shape']))})")
-    if layer["parameters"]:
-        lines.append(f"{layer['parameters']:,} weights")
-    return "\n".join(lines)
+    """What stands in the box of a layer: its kind and settings, output shape and weights."""
+    hidden = r", (batch_first|inplace|bias|padding_idx)=\w+|\w+_features="
+    call = f"{layer['kind']}({re.sub(hidden, '', layer['settings'])})"
+    shape = ", ".join(map(str, layer["shape"]))
+    return f"{call.replace('Recurrent()', 'last state')}\n→ (B, {shape})\n{layer['parameters']:,} weights"
 
 
 def architectures_figure(models):
     """A strip of boxes per model, its layers in order, as `layer_text` says."""
     width = models["layers"].map(len).max()
-    figure, grid = new_figure(1.75 * width + 1.5, len(models) + 0.6, len(models))
-    for axes, run in zip(grid[:, 0], models.itertuples()):
+    figure, grid = new_figure(1.75 * width, len(models) + 0.6, len(models))
+    for axes, run in zip(grid.flat, models.itertuples()):
         shade = colour(run.model)
-        axes.set(xlim=(-1.2, width - 0.5), ylim=(-0.5, 0.5))
+        axes.set_title(f"{run.model} {run.task}, seed {run.seed}", color=shade, fontweight="bold")
+        axes.set(xlim=(-1, width - 0.5), ylim=(-0.5, 0.5))
         axes.axis("off")
-        who = f"{run.model}\n{run.task}\nseed {run.seed}"
-        axes.text(-1.2, 0, who, color=shade, fontweight="bold", va="center")
         for x, layer in enumerate(run.layers):
             axes.annotate(
                 layer_text(layer),
-                xy=(x - 0.66, 0),
+                xy=(x - 1, 0),  # the arrow begins behind the box before
                 xytext=(x, 0),
+                zorder=-x,
                 ha="center",
                 va="center",
                 fontsize=7.5,
@@ -3063,158 +3083,160 @@ def architectures_figure(models):
 
 def performance_figure(scores, runs):
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
-    tasks = list(runs.groupby("task", sort=False))
-    height = 2.5 * len(tasks) + 0.6
-    figure, grid = new_figure(14, height, len(tasks), 4, width_ratios=[2.2, 1, 1, 1])
+    tasks = runs.groupby("task", sort=False)
+    size = (14, 2.5 * len(tasks) + 0.6)
+    figure, grid = new_figure(*size, len(tasks), 4, width_ratios=[2.2, 1, 1, 1])
     for row, (task, of_task) in zip(grid, tasks):
-        score_panel(row[0], scores[scores["task"] == task], TASKS[task].metrics[0])
+        score_panel(row[0], scores.query("task == @task"), TASKS[task].metrics[0])
         row[0].set_title(of_task["title"].iloc[0])
-        costs = of_task.drop_duplicates("model").set_index("model").iloc[::-1]  # barh draws upwards
-        costs["mebibytes"] = costs["activation_bytes"] / 2**20
-        costs["seconds"] = of_task.groupby("model")["seconds"].mean()
-        cost_panel(row[1], costs["seconds"], "training (s per run)")
-        cost_panel(row[2], costs["ms_per_step"], "step (ms), kernel", " " + costs["kernel"])
-        cost_panel(row[3], costs["mebibytes"], "activations (MiB, longest batch)")
-    title = "Test split, mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), costs"
-    return finish(figure, title)
+        costs = of_task.drop_duplicates("model").set_index("model")
+        seconds = of_task.groupby("model", sort=False)[["seconds"]].mean()
+        kernels = [f"{run.ms_per_step:.3g} {run.kernel}" for run in costs.itertuples()]
+        bar_panel(row[1], seconds, xlabel="training (s per run)")
+        bar_panel(row[2], costs[["ms_per_step"]], kernels, xlabel="step (ms), kernel")
+        bar_panel(row[3], costs[["activation_bytes"]] / 2**20, xlabel="activations (MiB)")
+    return finish(
+        figure,
+        "Test split, mean ± deviation over seeds (diamonds: baselines, bar: ceiling), and costs",
+    )
 
 
 def score_panel(axes, scores, metric):
     """The test metric of each model, baseline and ceiling, with its deviation."""
     markers = {"model": "o", "baseline": "D", "ceiling": "|"}
-    summary = summarise(scores[scores["metric"] == metric.name])
-    for row in summary.iloc[::-1].itertuples():
-        look = {"fmt": markers[row.kind], "color": colour(row.name), "capsize": 3}
-        axes.errorbar(row.mean, row.name, xerr=np.nan_to_num(row.std), **look)
+    for row in summarise(scores.query("metric == @metric.name")).itertuples():
+        axes.errorbar(
+            row.mean,
+            row.name,
+            xerr=row.std,
+            fmt=markers[row.kind],
+            color=colour(row.name),
+            capsize=3,
+        )
+    axes.invert_yaxis()
     axes.set_xlabel(f"test {metric.label}")
     if not metric.higher_is_better:  # errors differ by factors
         axes.set(xscale="log", xlabel=f"test {metric.label}, log scale")
-        low, high = axes.get_xlim()
-        subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 6, 8)
-        axes.xaxis.set_major_locator(LogLocator(subs=subs))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:.6g}")
-        axes.xaxis.set_minor_formatter("")
-
-
-def cost_panel(axes, values, label, notes=""):
-    """A bar per model with its value, and a note behind it."""
-    bars = axes.barh(values.index, values, color=values.index.map(colour))
-    axes.bar_label(bars, values.map("{:.3g}".format) + notes, padding=3)
-    axes.set(xlabel=label, xlim=(0, max(1.9 * values.max(), 0.1)))
-    axes.set_ylim(-0.75, len(values) - 0.25)  # a bar alone is no wider than among others
-    axes.grid(axis="y", visible=False)
+        axes.minorticks_off()
 
 
 def learning_rates_figure(table):
     """Validation loss by learning rate, a line per model through the means over seeds."""
-    tasks = list(table.groupby("task", sort=False))
+    tasks = table.groupby("task", sort=False)
     figure, grid = new_figure(4.2 * len(tasks), 4, 1, len(tasks))
-    for axes, (task, of_task) in zip(grid[0], tasks):
-        for model, runs in of_task.replace(math.inf, math.nan).groupby("model", sort=False):
-            means = runs.groupby("learning_rate")[["val_loss", "chosen"]].mean()
-            axes.plot(means["val_loss"], "o-", color=colour(model), markersize=4)
-            axes.plot(
-                runs["learning_rate"], runs["val_loss"], ".", color=colour(model), markersize=3
-            )
-            chosen = means[means["chosen"] == 1]["val_loss"]
-            axes.plot(chosen, "o", color=colour(model), markersize=11, fillstyle="none")
-        axes.set(title=TASKS[task].title, xscale="log", xlabel="learning rate")
-        axes.set_ylabel("validation loss")
-        rates = sorted(of_task["learning_rate"].unique())
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    for axes, (task, runs) in zip(grid.flat, tasks):
+        losses = runs.pivot_table("val_loss", "learning_rate", "model")
+        chosen = runs[runs["chosen"]].pivot_table("val_loss", "learning_rate", "model")
+        draw_lines(axes, losses, "o-")
+        draw_lines(axes, chosen, "o", markersize=11, fillstyle="none")
+        axes.scatter(runs["learning_rate"], runs["val_loss"], 9, runs["model"].map(colour))
+        axes.set(
+            title=TASKS[task].title,
+            xlabel="learning rate",
+            ylabel="validation loss",
+            xscale="log",
+        )
+        axes.set_xticks(losses.index, losses.index)
         axes.minorticks_off()
-    handles = [line(model, colour(model), linewidth=3) for model in table["model"].unique()]
-    handles.append(line("one seed", linestyle="", marker="."))
-    handles.append(line("chosen", linestyle="", marker="o", markersize=11, fillstyle="none"))
+    handles = [
+        *map(line, table["model"].unique()),
+        line("one seed", linestyle="", marker="."),
+        line("chosen", linestyle="", marker="o", markersize=11, fillstyle="none"),
+    ]
     return finish(figure, "Learning rates by validation loss: each seed, and their mean", handles)
 
 
 def errors_figure(runs, examples):
     """The confusion matrix of each classifier, in per cent of each true label, over all seeds."""
     labels = runs["labels"].iloc[0]
-    models = list(examples[examples["kind"] == "model"].groupby("name", sort=False))
-    width = max(2.0, 0.6 * len(labels) + 1.2) * len(models) + 1.6
+    models = examples.query("kind == 'model'").groupby("name", sort=False)
+    width = (0.6 * len(labels) + 1.2) * len(models) + 1.6
     figure, grid = new_figure(width, 0.5 * len(labels) + 2.4, 1, len(models), sharey=True)
-    for axes, (name, answers) in zip(grid[0], models):
+    for axes, (name, answers) in zip(grid.flat, models):
         counts = confusion(answers, labels).to_numpy()
-        shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        axes.imshow(shares, cmap="Greys", vmin=0, vmax=130, aspect="auto")  # text stays readable
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Greys", vmin=0, vmax=2, aspect="auto")  # text stays readable
         for (truth, answer), share in np.ndenumerate(shares):
-            shade = "white" if share > 60 else "black"
-            axes.text(answer, truth, f"{share:.0f}", ha="center", va="center", color=shade)
+            axes.text(answer, truth, f"{share:.0%}", ha="center", va="center")
         axes.set_title(name, color=colour(name), fontweight="bold")
         axes.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) > 2 else 0)
         axes.set_yticks(range(len(labels)), labels)
+        axes.set(xlabel="predicted label", ylabel="true label")
+        axes.label_outer()
         axes.grid(visible=False)
-    figure.supxlabel("predicted label", fontsize=9)
-    figure.supylabel("true label", fontsize=9)
-    title = f"{runs['title'].iloc[0]}: true and predicted label, in % of each true label"
+    title = f"{runs['title'].iloc[0]}: predicted label, in % of each true label"
     return finish(figure, title)
 
 
 def gradient_panel(axes, runs):
     """The gradient that reaches each word of a review, before and after training."""
-    for name, evidence in runs.groupby("model", sort=False)["evidence"]:
-        for kind, style in (("initial_gradient", ":"), ("gradient", "-")):
-            table = DataFrame([each[kind] for each in evidence]).dropna(
-                axis=1
-            )  # as far as all reach
-            axes.semilogy(table.mean(), style, color=colour(name), linewidth=1.3)
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-12))  # a gradient below that is as good as none
-    axes.set(title="Gradient of the loss at each word", ylabel="norm of the gradient")
-    axes.set_xlabel("words back from the end of the review")
-    axes.legend(handles=[line("before training", linestyle=":"), line("after")], loc="lower left")
+    draw_lines(axes, mean_curves(runs, "initial_gradient"), ":")
+    draw_lines(axes, mean_curves(runs, "gradient"), "-")
+    axes.set(
+        title="Gradient of the loss at each word",
+        xlabel="word, counted from the end of the review\n(dotted: before training)",
+        ylabel="norm of the gradient",
+        yscale="log",
+    )
+    axes.set_ylim(max(axes.get_ylim()[0], 1e-12))  # a gradient below that is as good as none
 
 
 def distance_panel(axes, examples):
     """Accuracy on verbs and objects by how far back the subject stands that determines them."""
     accuracy = examples.pivot_table("score", ["role", "distance"], "name")
     shares = 100 * accuracy.div(accuracy[FULL_STATE], axis=0)  # their ceilings differ
-    models = examples[examples["kind"] == "model"]["name"].unique()
-    for name, (role, style) in product([*models, "trigram"], (("verb", "o-"), ("object", "s:"))):
-        axes.plot(shares.loc[role][name], style, color=colour(name), markersize=4)
+    models = examples.query("kind == 'model'")["name"].unique()
+    for role, style in (("verb", "o-"), ("object", "s:")):
+        draw_lines(axes, shares.loc[role][[*models, "trigram"]], style)
     axes.axhline(100, color="black", linewidth=1)
-    axes.set(title="Next word, by distance from its subject", ylim=(0, 105))
-    axes.set(xlabel="words back to the subject", ylabel="accuracy (% of the ceiling's)")
-    handles = [line("verb, where one must come", marker="o")]
-    handles.append(line("object", linestyle=":", marker="s"))
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 0.18))
+    axes.set(
+        title="Next word, by distance from its subject",
+        xlabel="words back to the subject\n(solid: verb, where one must come; dotted: object)",
+        ylabel="accuracy (% of the ceiling's)",
+        ylim=(0, 105),
+    )
 
 
 def ending_panel(axes, examples):
     """Accuracy on reviews whose closing verdict agrees with their label, and on those where not."""
-    models = examples[examples["kind"] == "model"]
-    accuracy = 100 * models.pivot_table("score", "name", "ending", sort=False).sort_index(axis=1)
-    width = 0.8 / len(accuracy)
-    for i, (name, shares) in enumerate(accuracy.iterrows()):
+    models = examples.query("kind == 'model'")
+    accuracy = 100 * models.pivot_table("score", "ending", "name", sort=False).sort_index()
+    width = 0.8 / accuracy.shape[1]
+    for i, (name, shares) in enumerate(accuracy.items()):
         places = np.arange(2) + (i + 0.5) * width - 0.4
         axes.bar_label(axes.bar(places, shares, 0.94 * width, color=colour(name)), fmt="%.0f")
     axes.axhline(50, color=GREY, linestyle="--", linewidth=1)
-    axes.set(title="Reviews, by what their last word says", ylim=(0, 105))
-    axes.set_ylabel("accuracy (%); dashed: guessing")
-    axes.set_xticks([0, 1], [f"ending {ending}".replace(" the", "\nthe") for ending in accuracy])
-    axes.grid(axis="x", visible=False)
+    axes.set(
+        title="Reviews, by what their last word says",
+        xlabel="ending of the review",
+        ylabel="accuracy (%); dashed: guessing",
+        ylim=(0, 105),
+    )
+    axes.set_xticks([0, 1], accuracy.index)
+    axes.grid(visible=False)
 
 
 def long_range_figure(runs, examples):
-    """Why memory matters: gradient by time step, accuracy by distance and by ending; None without any."""
-    classifiers = runs[runs["task"] == CLASSIFIER.name]
-    reviews = examples[examples["task"] == CLASSIFIER.name]
-    words = examples[examples["task"] == PREDICTOR.name]
-    handles = [line(name, colour(name), linewidth=3) for name in runs["model"].unique()]
+    """Why memory matters: gradient by word, accuracy by distance and by ending; None without any."""
+    classifiers = runs.query("task == @CLASSIFIER.name")
+    reviews = examples.query("task == @CLASSIFIER.name")
+    words = examples.query("task == @PREDICTOR.name")
+    handles = list(map(line, runs["model"].unique()))
     panels = []
     if len(classifiers):
-        panels.append(partial(gradient_panel, runs=classifiers))
+        panels.append((gradient_panel, classifiers))
     if FULL_STATE in set(words["name"]):  # the last two need what only a generator knows
-        panels.append(partial(distance_panel, examples=words))
-        handles.append(line("trigram", linewidth=3))
+        panels.append((distance_panel, words))
+        handles.append(line("trigram"))
     if reviews["ending"].notna().any():
-        panels.append(partial(ending_panel, examples=reviews))
+        panels.append((ending_panel, reviews))
     if not panels:
         return None
     figure, grid = new_figure(4.6 * len(panels), 4.4, 1, len(panels))
-    for axes, panel in zip(grid[0], panels):
-        panel(axes)
+    for axes, (panel, table) in zip(grid.flat, panels):
+        panel(axes, table)
     return finish(figure, "Long-range memory, mean over seeds", handles)
 
 
@@ -3268,9 +3290,9 @@ def make_report(folder, failed=0):
     config = read_config(folder)
     records = list(read_records(folder).values())
     trained = [record for record in records if "history" in record]
-    if failed and not trained:
-        raise RuntimeError("no run came to its end")
     if not trained:
+        if failed:
+            raise RuntimeError("no run came to its end")
         raise InputError(f"no runs in {folder}; train first")
 
     # tables
@@ -3278,10 +3300,9 @@ def make_report(folder, failed=0):
     scores = score_table(examples)
     runs = run_table(trained, scores, config)
     history = history_table(runs)
-    is_reported = []  # the forecaster's loss is not, for it is the MSE in other units
-    for task, metric in zip(scores["task"], scores["metric"]):
-        is_reported.append(metric in {each.name for each in TASKS[task].metrics})
-    scores = scores[is_reported]
+    reported = [(name, metric.name) for name, task in TASKS.items() for metric in task.metrics]
+    # the forecaster's loss is not, for it is the MSE in other units
+    scores = scores.merge(DataFrame(reported, columns=["task", "metric"]))
     comparisons = compare(scores)
     models = runs.drop_duplicates(["task", "model"])
     write_table(folder, "runs", runs[RUN_COLUMNS])
@@ -3304,22 +3325,25 @@ def make_report(folder, failed=0):
     }
     for name in models["task"].unique():
         task = TASKS[name]
-        tables = [t[t["task"] == name] for t in (examples, scores, runs, comparisons, history)]
-        own_examples, own_scores, own_runs, own_comparisons, own_history = tables
         own_records = [record for record in records if record["task"] == name]
-        texts.append(task_text(task, own_records, *tables[:4], config[name]))
-        draw = partial(training_history_figure, own_runs, own_history, task)
-        figures[f"{name}_training_history"] = draw
+        own_examples, own_scores, own_runs, own_comparisons = (
+            table[table["task"] == name] for table in (examples, scores, runs, comparisons)
+        )
+        own_tables = own_examples, own_scores, own_runs, own_comparisons
+        texts.append(task_text(task, own_records, *own_tables, config[name]))
+        figures[f"{name}_training_history"] = partial(
+            training_history_figure, own_runs, history, task
+        )
         for figure, make in TASK_FIGURES[name].items():
             figures[figure] = partial(make, own_runs, own_examples, own_scores)
     parts = DataFrame(list(models["parts"]), models.index).fillna(0).astype(int)
     sizes = models[["task", "model"]].join(parts).join(models["parameters"])
-    texts.append(f"## Parameters\n\n{markdown(sizes)}")
     costs = models[["task", "model", *COST_COLUMNS]]
-    texts.append(f"## Cost of a training step\n\n{markdown(costs)}\n\n{COSTS_NOTE}")
     environments = DataFrame([record["environment"] for record in records]).astype(str)
     lines = [f"- {name}: {', '.join(values.unique())}" for name, values in environments.items()]
-    texts.append("\n".join(["## Environment\n", *lines]))
+    texts.append(f"## Parameters\n\n{markdown(sizes)}")
+    texts.append(f"## Cost of a training step\n\n{markdown(costs)}\n\n{COSTS_NOTE}")
+    texts.append("## Environment\n\n" + "\n".join(lines))
     write_whole(folder / "pytorch_rnn_summary.md", "\n\n".join(texts) + "\n")
     drawn, broken = draw_figures(folder, figures)
     print(*texts, sep="\n\n")
@@ -3331,43 +3355,46 @@ def make_report(folder, failed=0):
 # Command line
 # ======================================================================================
 
-RANGES = {  # least and most of the options that are numbers
-    "seeds": (0, 2**63 - 1),
-    "epochs": (1, 10**6),
+RANGES = {  # least and most of the options that are numbers; all are of the type of the least
+    "seeds": (0, 9e18),
+    "epochs": (1, 1e6),
     "learning_rate": (1e-6, 1),
-    "hidden_dim": (1, 10**5),
-    "window": (1, 10**6),
-    "workers": (1, 10**4),
-    "length": (1, 10**6),
-    "temperature": (0, 100),
-    "seed": (0, 2**63 - 1),
+    "hidden_dim": (1, 1e5),
+    "window": (1, 1e6),
+    "workers": (1, 1e4),
+    "length": (1, 1e6),
+    "temperature": (0.0, 100),
+    "seed": (0, 9e18),
 }
-COLUMNS = {"text_column": "reviews", "label_column": "reviews", "series_column": "series"}
+CHOICES = {
+    "tasks": TASKS,
+    "models": CELLS,
+    "match": ("hidden", "params"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+}
+COLUMNS = {"reviews": ("text_column", "label_column"), "corpus": (), "series": ("series_column",)}
 
 
 def check_options(options):
     """Raise InputError where a choice or a number is none that can be used."""
-    choices = {"tasks": TASKS, "models": CELLS, "match": ("hidden", "params")}
-    choices["device"] = ("auto", "cpu", "cuda", "mps")
     for name, value in options.items():
-        spelling = f"--{name.replace('_', '-')}"
-        values = value if isinstance(value, (list, tuple, range)) else [value]
-        for each in values:
-            if name in choices and each not in choices[name]:
-                raise InputError(f"{spelling} {each!r}: choose from {', '.join(choices[name])}")
-            least, most = RANGES.get(name, (0, 0))
-            if name in RANGES and each is not None and not least <= each <= most:
-                raise InputError(f"{spelling} {each}: it must be from {least:g} to {most:g}")
+        for each in np.atleast_1d(value):  # some options are lists
+            if name in CHOICES and each not in CHOICES[name]:
+                raise InputError(f"--{name} {str(each)!r}: choose from {', '.join(CHOICES[name])}")
+            if name in RANGES and each is not None:
+                least, most = RANGES[name]
+                if not least <= each <= most:
+                    raise InputError(
+                        f"--{name.replace('_', '-')} {each}: it must be from {least:g} to {most:g}"
+                    )
 
 
 def choose_device(name):
-    """The device of that name; "auto" is CUDA where there is one, else the CPU; raises InputError."""
-    there = ["cuda"] if torch.cuda.is_available() else []
-    there.append("cpu")
-    if torch.backends.mps.is_available():
-        there.append("mps")
+    """The device of that name; "auto" is CUDA where there is one, else the CPU; InputError."""
+    backends = {"cuda": torch.cuda, "cpu": torch.cpu, "mps": torch.backends.mps}
+    there = [device for device, backend in backends.items() if backend.is_available()]
     if name == "auto":
-        return torch.device(there[0])
+        name = there[0]
     if name not in there:
         raise InputError(f"--device {name}: there is none here; choose from {', '.join(there)}")
     return torch.device(name)
@@ -3375,29 +3402,27 @@ def choose_device(name):
 
 def usable_cores(quota_file=Path("/sys/fs/cgroup/cpu.max")):
     """The processor cores that this process may use; a container may grant less than there are."""
-    cores = os.cpu_count() or 1
+    cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):
-        quota, period = map(
-            int, quota_file.read_text().split()
-        )  # microseconds of all cores; or "max"
+    with suppress(OSError, ValueError):  # it may hold "max"
+        quota, period = map(int, quota_file.read_text().split())  # microseconds of all cores
         cores = max(1, min(cores, quota // period))
     return cores
 
 
 def user_file(path, columns=()):
-    """The file as a configuration names it; raises InputError."""
+    """The file as a configuration names it, a `UserFile`; raises InputError."""
     path = str(path)
-    is_absent = path and not os.path.exists(path)  # noqa: PTH110 (Path's raises if a name is too long)
-    if not is_absent and not os.path.isfile(path):  # noqa: PTH113
+    # os.path, for Path's raise if a name is too long
+    if not path or os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
         raise InputError(f"{path!r}: not a regular file; a run needs one that can be read again")
     digest = hashlib.sha256(read_text(path).encode()).hexdigest()
     return UserFile(path, digest, tuple(columns))
 
 
 def configure(options):
-    """The configuration of each task; raises InputError."""
+    """The configuration of each task; InputError where an option is for a task that is left out."""
     config = {}
     for name, default in (QUICK if options["quick"] else DEFAULT).items():
         changes = {}
@@ -3407,49 +3432,56 @@ def configure(options):
         if options["epochs"]:
             changes["training"] = replace(default.training, epochs=options["epochs"])
         option = TASKS[name].file_option
-        if options[option] is not None:
-            columns = [options[column] for column in COLUMNS if COLUMNS[column] == option]
-            changes["file"] = user_file(options[option], columns)
+        path = options[option]
+        for column in COLUMNS[option]:
+            if options[column] and path is None:
+                raise InputError(f"--{column.replace('_', '-')} goes with --{option} or --predict")
+        if path is not None:
+            if name not in options["tasks"]:
+                raise InputError(f"--{option} is for the {name}, which --tasks leaves out")
+            changes["file"] = user_file(path, [options[column] for column in COLUMNS[option]])
         config[name] = replace(default, **changes)
     return config
 
 
 def default_folder(config, quick):
     """Where files go if nothing else is said: named after the user's files."""
-    names = [Path(of_task.file.path).name for of_task in config.values() if of_task.file]
-    stems = [re.sub(r"(?i)(\.csv|\.txt)?(\.gz)?$", "", name) for name in names]
+    files = [of_task.file.path for of_task in config.values() if of_task.file]
+    stems = [Path(file.removesuffix(".gz")).stem for file in files]
     own = "_".join(["own", *stems]) if stems else ""
     return Path("outputs", "quick" if quick else own)
 
 
 def run(
     *,
-    tasks: Sequence = tuple(TASKS),
-    models: Sequence = tuple(CELLS),
-    seeds: Sequence | None = None,
-    quick: bool = False,
-    match: str = "hidden",
-    tune: bool = False,
-    learning_rate: float | None = None,
-    epochs: int | None = None,
-    hidden_dim: int | None = None,
-    window: int | None = None,
-    reviews: str | Path | None = None,
-    corpus: str | Path | None = None,
-    series: str | Path | None = None,
-    text_column: str = "",
-    label_column: str = "",
-    series_column: str = "",
-    device: str = "auto",
-    workers: int | None = None,
-    output_dir: str | Path | None = None,
-    resume: bool = False,
-    report: bool = False,
-) -> Results:
+    tasks=tuple(TASKS),
+    models=tuple(CELLS),
+    seeds=None,
+    quick=False,
+    match="hidden",
+    tune=False,
+    learning_rate=None,
+    epochs=None,
+    hidden_dim=None,
+    window=None,
+    reviews=None,
+    corpus=None,
+    series=None,
+    text_column="",
+    label_column="",
+    series_column="",
+    device="auto",
+    workers=None,
+    output_dir=None,
+    resume=False,
+    report=False,
+):
     """The experiment: train and compare; with `report` only tables and figures of what is there.
 
-    The settings are the options of the command line; `--help` says what each does. Files are written to
-    `output_dir`. Raises InputError, RuntimeError (no run came to its end), OSError.
+    The settings are the options of the command line; `--help` says what each does, and what None
+    stands for. Tasks, models and seeds are sequences; files and `output_dir`, into which all is
+    written, are paths or their names. Returns `Results`. Raises InputError, RuntimeError (no run
+    came to its end), OSError.
     """
     options = dict(locals())
     if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -3460,16 +3492,8 @@ def run(
     if tune and (report or learning_rate):
         other = "--report" if report else "--learning-rate"
         raise InputError(f"--tune and {other} cannot go together")
-    if window and not {"predictor", "forecaster"} & set(tasks):
+    if window and set(tasks) == {"classifier"}:
         raise InputError("--window is for predictor and forecaster, which --tasks leaves out")
-    for task in TASKS.values():
-        if options[task.file_option] is not None and task.name not in tasks:
-            raise InputError(
-                f"--{task.file_option} is for the {task.name}, which --tasks leaves out"
-            )
-    for column, option in COLUMNS.items():
-        if options[column] and options[option] is None:
-            raise InputError(f"--{column.replace('_', '-')} goes with --{option} or --predict")
     config = configure(options)
     folder = Path(output_dir or default_folder(config, quick))
     if report:
@@ -3490,90 +3514,106 @@ def run(
         resume=resume,
     )
     prepare_device(torch_device)
+    looks = []
     for name in experiment.tasks:
-        data = load_data(name, config[name], experiment.seeds[0], torch_device)
-        about = f"{TASKS[name].title}, seed {experiment.seeds[0]}: {facts_text(data.facts)}"
-        samples = [f"    {' '.join(sample.split())}"[:76] for sample in data.samples]
-        notes = [f"note: {doubt}" for doubt in data.doubts]
-        print(about, *samples, *notes, sep="\n", file=sys.stderr)
+        data = experiment.load_data(name, experiment.seeds[0])
+        looks.append(f"{TASKS[name].title}, first seed: {facts_text(data.facts)}")
+        looks.append(data.examples.head(3).to_string(index=False, max_colwidth=60))
+        looks.extend(f"note: {doubt}" for doubt in data.doubts)
     del data  # it would outlive the cache
     make_folder(folder, experiment.tasks, config)
+    print(*looks, sep="\n", file=sys.stderr)
 
     # learning rates, then the runs
+    failed = 0
     pairs = list(product(experiment.tasks, experiment.models))
-    rates = {(task, model): CELLS[cell_name(model)].learning_rates[task] for task, model in pairs}
-    if learning_rate:
-        rates = dict.fromkeys(pairs, learning_rate)
+    rates = {}
+    for task, model in pairs:
+        rates[task, model] = learning_rate or CELLS[cell_name(model)].learning_rates[task]
     if tune:
         rates, table = tune_rates(experiment, RATES[2:4] if quick else RATES[1:-1])
         write_table(folder, "tuning", table)
-        draw_figures(folder, {"learning_rates": partial(learning_rates_figure, table)})
-        for task, model in pairs:
-            rate = rates.get((task, model), "none, because of the failures above")
-            print(f"learning rate of {task} {model}: {rate}", file=sys.stderr)
-    runs = [
-        Run(task, BASELINES, seed) for task, seed in product(experiment.tasks, experiment.seeds)
-    ]
-    for (task, model), rate in rates.items():
-        runs.extend(Run(task, model, seed, rate) for seed in experiment.seeds)
-    failures = complete_runs(runs, experiment)
-    return make_report(folder, len(failures) + len(pairs) - len(rates))
+        figure = {"learning_rates": partial(learning_rates_figure, table)}
+        failed = draw_figures(folder, figure)[1]
+        for pair in pairs:
+            rate = rates.get(pair, "none, because of the failures above")
+            print(f"learning rate of {' '.join(pair)}: {rate}", file=sys.stderr)
+    runs = []
+    for seed in experiment.seeds:
+        runs.extend(Run(task, BASELINES, seed) for task in experiment.tasks)
+        runs.extend(Run(*pair, seed, rate) for pair, rate in rates.items())
+    failed += len(complete_runs(runs, experiment)) + len(pairs) - len(rates)
+    return make_report(folder, failed)
 
 
 # --- trained models in use ------------------------------------------------------------
 
 
 def read_source(source):
-    """The input of --predict: standard input for "-", the text of a file, or the words themselves."""
+    """The input of --predict: standard input for "-", a file's text, or the words themselves."""
     if source == "-":
         return sys.stdin.buffer.read().decode(errors="replace")
-    if os.path.exists(source):  # noqa: PTH110 (Path's raises if a text is too long for a name)
+    is_file = os.path.exists(source)  # noqa: PTH110 (Path's raises if a text is too long)
+    if is_file or re.search(r"(?i)\.(txt|[ct]sv|gz)$", source):  # else a typo would be words
         return read_text(source)
-    if re.search(r"(?i)\.(txt|[ct]sv|gz)$", source):
-        raise InputError(f"{source}: no such file")
     return source
 
 
-def label_lines(model, source, options):
+def print_labels(model, source, options):
     """Label and probability of each line; of a CSV file, a CSV with them beside each text."""
     text = read_source(source)
     if re.search(r"(?i)\.[ct]sv(\.gz)?$", source):
         table, _ = read_table(text)
-        place = find_column(table.iloc[0].tolist(), options.text_column, TEXT_COLUMNS, "text")
+        place = find_column(table.iloc[0], options.get("text_column"), TEXT_COLUMNS, "text")
         texts = table.iloc[1:, place].tolist()
         answers = DataFrame(model.predict(texts), columns=["label", "probability"]).round(4)
-        return answers.assign(text=texts).to_csv(index=False, na_rep="-").rstrip("\n")
-    answers = model.predict(text.splitlines() or [""])
-    return "\n".join(f"{label or '-'}\t{probability:.4f}" for label, probability in answers)
+        answers = answers.assign(text=texts).to_csv(index=False, na_rep="-")
+        print(answers, end="")
+    else:
+        for label, probability in model.predict(text.splitlines() or [""]):
+            print(f"{label or '-'}\t{probability:.4f}")
 
 
-def word_lines(model, source, options):
+def print_words(model, source, options):
     """The likeliest next words with their probabilities, and a continuation."""
     text = read_source(source)
-    likeliest = [f"{word}\t{probability:.4f}" for word, probability in model.predict(text)]
-    continuation = model.continue_text(text, options.length, options.temperature, options.seed)
-    return "\n".join([*likeliest, "", continuation])
+    for word, probability in model.predict(text):
+        print(f"{word}\t{probability:.4f}")
+    print()
+    print(model.continue_text(text, options["length"], options["temperature"], options["seed"]))
 
 
-def value_lines(model, source, options):
-    """The next values of a series, as CSV."""
-    values, doubts = read_series(read_source(source), options.series_column)
+def print_values(model, source, options):
+    """The next values of a series, as CSV; on stderr, what may mislead."""
+    values, doubts = read_series(read_source(source), options.get("series_column"))
     low, high = model.preprocessing["scaler"]["range"]
     read = values[-model.preprocessing["window"] :]
-    margin = (high - low) / 2
-    if read.min() < low - margin or read.max() > high + margin:
+    if np.abs(read - (low + high) / 2).max() > high - low:  # from the middle, twice as far
         doubts.append(
             f"the last values lie between {read.min():g} and {read.max():g}, far from those of "
             f"training ({low:g} to {high:g}): is it a series of that kind?"
         )
     for doubt in doubts:
         print(f"note: {doubt}", file=sys.stderr)
-    table = DataFrame({"value": model.predict(values, options.length)})
-    table.index += 1
-    return table.to_csv(index_label="step").rstrip("\n")
+    print("step,value")
+    for step, value in enumerate(model.predict(values, options["length"]), start=1):
+        print(f"{step},{value}")
 
 
-PREDICTIONS = {Classifier: label_lines, Predictor: word_lines, Forecaster: value_lines}
+CONTINUATION = {"length": 20, "temperature": 1.0, "seed": 42}  # options of --predict alone
+PREDICTIONS = {Classifier: print_labels, Predictor: print_words, Forecaster: print_values}
+
+
+def predict(options):
+    """Print what a trained model says of an input; raises InputError."""
+    check_options(options)
+    if "report" in options or "tune" in options:
+        raise InputError("--predict cannot go together with --report or --tune")
+    path, source = options["predict"]
+    model = load_checkpoint(path)
+    for kind, show in PREDICTIONS.items():
+        if isinstance(model, kind):
+            show(model, source, {**CONTINUATION, **options})
 
 
 # --- the program ----------------------------------------------------------------------
@@ -3586,6 +3626,34 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+HELP = {
+    "tasks": f"any of {' '.join(TASKS)}",
+    "models": f"any of {' '.join(CELLS)}",
+    "seeds": "default: 42 43 44; with --quick: 42",
+    "quick": "the whole pipeline on tiny data, two epochs",
+    "match": "hidden or params: equal hidden sizes (default) or recurrent parameters",
+    "tune": "choose learning rates first, by validation loss",
+    "learning_rate": "of all models; default: each model's own",
+    "epochs": "cap on epochs; default: by task",
+    "hidden_dim": "hidden units; default: 100, of the forecaster 32",
+    "window": "words or steps that are seen; default: 10, 50",
+    "reviews": "your own CSV file: a column of texts and one of labels (.gz works too)",
+    "corpus": "your own text file, UTF-8",
+    "series": "your own CSV file: a column of numbers, in order of time",
+    "text_column": "default: text, review, sentence or comment",
+    "label_column": "default: label, sentiment, class, rating or stars",
+    "series_column": "default: the only column of numbers",
+    "device": "auto (default: CUDA if there is one, else CPU), cpu, cuda or mps",
+    "workers": "runs at a time; default: as many as cores",
+    "output_dir": "default: outputs, or a folder below it",
+    "resume": "skip the runs that are finished in the output directory",
+    "report": "no training: tables and figures of the runs in the output directory",
+    "length": "with --predict: words or values to continue by; default: 20",
+    "temperature": "with --predict: of words; 0 takes the likeliest; default: 1",
+    "seed": "with --predict: of the words that are drawn; default: 42",
+}
+
+
 def parse_args(argv=None):
     """The options, as they were given: those that were not are absent; raises InputError."""
     parser = Parser(
@@ -3595,69 +3663,43 @@ def parse_args(argv=None):
         description=__doc__.partition("Shapes")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--tasks", nargs="+", metavar="TASK", help=f"any of {' '.join(TASKS)}")
-    add("--models", nargs="+", metavar="MODEL", help=f"any of {' '.join(CELLS)}")
-    add("--seeds", nargs="+", type=int, metavar="N", help="default: 42 43 44; with --quick: 42")
-    add("--quick", action="store_true", help="the whole pipeline on tiny data, two epochs")
-    add("--match", help="hidden or params: equal hidden sizes (default) or recurrent parameters")
-    add("--tune", action="store_true", help="choose learning rates first, by validation loss")
-    add("--learning-rate", type=float, help="of all models; default: each model's own")
-    add("--epochs", type=int, help="cap on epochs; default: by task")
-    add("--hidden-dim", type=int, help="hidden units; default: 100, of the forecaster 32")
-    add("--window", type=int, help="words or steps that are seen; default: 10, 50")
-    add = parser.add_argument_group("your own data (.gz works too)").add_argument
-    add("--reviews", metavar="FILE.csv", help="a column of texts and one of labels")
-    add("--corpus", metavar="FILE.txt", help="plain text, UTF-8")
-    add("--series", metavar="FILE.csv", help="a column of numbers, in order of time")
-    add("--text-column", help="default: text, review, sentence or comment")
-    add("--label-column", help="default: label, sentiment, class, rating or stars")
-    add("--series-column", help="default: the only column of numbers")
-    add = parser.add_argument_group("how and where").add_argument
-    add("--device", help="auto (default: CUDA if there is one, else CPU), cpu, cuda or mps")
-    add("--workers", type=int, help="runs at a time; default: as many as cores")
-    add("--output-dir", metavar="DIR", help="default: outputs, or a folder below it")
-    add("--resume", action="store_true", help="skip the runs that are finished in DIR")
-    add = parser.add_argument_group("instead of training").add_argument
-    add("--report", action="store_true", help="tables and figures of the runs in DIR")
-    add("--predict", nargs=2, metavar=("CHECKPOINT", "INPUT"), help="INPUT: a text, a file, or -")
-    add("--length", type=int, help="words or values to continue by; default: 20")
-    add("--temperature", type=float, help="of words; 0 takes the likeliest; default: 1")
-    add("--seed", type=int, help="of the words that are drawn; default: 42")
-    return parser.parse_args(argv)
-
-
-def execute(options):
-    """Do what the options ask for; returns the exit status."""
-    if "predict" not in options:
-        for name in ("length", "temperature", "seed"):
-            if name in options:
-                raise InputError(f"--{name} goes with --predict; the seeds of training are --seeds")
-        return 1 if run(**vars(options)).failed else 0
-    check_options(vars(options))
-    if "report" in options or "tune" in options:
-        raise InputError("--predict cannot go together with --report or --tune")
-    defaults = {"length": 20, "temperature": 1.0, "seed": 42, **dict.fromkeys(COLUMNS, "")}
-    path, source = options.predict
-    model = load_checkpoint(path)
-    for kind, lines in PREDICTIONS.items():
-        if isinstance(model, kind):
-            print(lines(model, source, argparse.Namespace(**{**defaults, **vars(options)})))
-    return 0
+    for name, text in HELP.items():
+        flag = f"--{name.replace('_', '-')}"
+        kind = type(RANGES[name][0]) if name in RANGES else str
+        if name in ("quick", "tune", "resume", "report"):
+            parser.add_argument(flag, action="store_true", help=text)
+        elif name in ("tasks", "models", "seeds"):
+            parser.add_argument(flag, type=kind, nargs="+", help=text)
+        else:
+            parser.add_argument(flag, type=kind, help=text)
+    parser.add_argument(
+        "--predict",
+        nargs=2,
+        metavar=("CHECKPOINT", "INPUT"),
+        help="no training: what a trained model says of a text, a file, or - (standard input)",
+    )
+    options = parser.parse_args(argv)
+    for name in CONTINUATION:
+        if name in options and "predict" not in options:
+            parser.error(f"--{name} goes with --predict; the seeds of training are --seeds")
+    return options
 
 
 def main(argv=None):
     """Run the command line `argv` (default: the program's own); returns the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # where "±" cannot be written stands "\\xb1"
+    if hasattr(sys.stdout, "reconfigure"):  # where "±" cannot be written stands "\\xb1"
         sys.stdout.reconfigure(errors="backslashreplace")
 
     def interrupt(number, _frame):  # as Ctrl-C, but for the exit status
         raise KeyboardInterrupt(number)
 
-    listens = threading.current_thread() is threading.main_thread()  # only there signals are heard
-    before = signal.signal(signal.SIGTERM, interrupt) if listens else None
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        return execute(parse_args(argv))
+        options = vars(parse_args(argv))
+        if "predict" in options:
+            predict(options)
+            return 0
+        return 1 if run(**options).failed else 0
     except SystemExit:  # --help
         return 0
     except InputError as error:
@@ -3670,11 +3712,11 @@ def main(argv=None):
         status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
         message = "interrupted; finished runs are kept: --resume does the rest, --report shows them"
     finally:
-        if listens:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
     # one line, whatever the name of a file holds
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    text = text if len(text) <= 300 else text[:297] + "..."
+    if len(text) > 300:
+        text = text[:297] + "..."
     print(f"pytorch_rnn_models.py: {text}", file=sys.stderr)
     return status
 

@@ -12,13 +12,22 @@ sys.path.insert(0, str(ROOT))
 
 import pytorch_rnn_models as rnn  # noqa: E402
 
-SCRIPT = [sys.executable, str(ROOT / "tests" / "without_figures.py")]  # the command line, with empty figures
+# the command line, with empty figures
+SCRIPT = [sys.executable, str(ROOT / "tests" / "without_figures.py")]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny tensors are slower on many threads, and much slower where the cores are busy."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _coarse_figures():
+    """Figures are looked at in tests for what they hold, not pixel by pixel."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(rnn.STYLE, "figure.dpi", 30)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +46,9 @@ def quick_run(tmp_path_factory):
 
 def leave_out_figures(monkeypatch):
     """Make every figure an empty one: drawing them takes longer than a tiny run."""
-    for name in [name for name in dir(rnn) if name.endswith("_figure")]:
-        monkeypatch.setattr(rnn, name, lambda *_: Figure(layout="constrained"))
+    for name in dir(rnn):
+        if name.endswith("_figure") and name != "new_figure":
+            monkeypatch.setattr(rnn, name, lambda *_: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture
@@ -62,7 +72,7 @@ def summary(folder):
 
 
 def refusal(arguments, capsys):
-    """What a command line that cannot be followed is answered with: status 2 and one line that can be shown."""
+    """The answer to a command line that cannot be followed: status 2 and one line."""
     assert rnn.main(arguments) == 2
     printed, error = capsys.readouterr()
     assert not printed and error.startswith("pytorch_rnn_models.py: ") and error.endswith("\n")
@@ -72,7 +82,8 @@ def refusal(arguments, capsys):
 
 def new_model(task, name, data, **changes):
     """An untrained model of the quick configuration for the data of that name."""
-    return rnn.build_model(rnn.TASKS[task], name, replace(rnn.QUICK[task], **changes), data[task], 0)[0]
+    config = replace(rnn.QUICK[task], **changes)
+    return rnn.build_model(rnn.TASKS[task], name, config, data[task], 0)
 
 
 def pytest_addoption(parser):

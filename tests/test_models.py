@@ -1,4 +1,4 @@
-"""The nine classes: shapes, gradients, parameters, padding, initial weights, and what can be drawn from them."""
+"""The nine classes: shapes, gradients, parameters, padding, initial weights, descriptions."""
 
 import itertools
 import pickle
@@ -10,7 +10,7 @@ from torch import nn
 import pytorch_rnn_models as rnn
 from conftest import new_model
 
-NINE = list(itertools.product(rnn.MODEL_NAMES, ("Classifier", "Predictor", "Forecaster")))
+NINE = list(itertools.product(rnn.CELLS, ("Classifier", "Predictor", "Forecaster")))
 TEXT_PARAMETERS = {"RNN": 15_200, "GRU": 45_600, "LSTM": 60_800}
 LAYERS = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
 
@@ -32,7 +32,9 @@ def test_shapes_gradients_and_layers(name, kind):
     output = model(inputs)
     assert output.shape == shape
     output.sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters()
+    )
     layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
     assert [type(layer) for layer in layers] == [LAYERS[name]], "each wraps the stock layer"
     assert layers[0].num_layers == (2 if kind == "Forecaster" else 1)
@@ -41,7 +43,8 @@ def test_shapes_gradients_and_layers(name, kind):
 @pytest.mark.parametrize(("name", "kind"), NINE)
 def test_parameter_counts_add_up(name, kind):
     model, inputs, _ = build(name, kind)
-    total, counts = sum(p.numel() for p in model.parameters()), rnn.count_parameters(model)
+    total = sum(p.numel() for p in model.parameters())
+    counts = rnn.count_parameters(model)
     assert sum(counts.values()) == total
     assert sum(layer["parameters"] for layer in rnn.describe_layers(model, inputs)) == total
     if kind != "Forecaster":
@@ -56,7 +59,7 @@ def test_models_can_be_pickled_and_have_a_docstring_of_their_own(name, kind):
     assert vars(type(model))["__doc__"]
 
 
-@pytest.mark.parametrize("name", rnn.MODEL_NAMES)
+@pytest.mark.parametrize("name", rnn.CELLS)
 def test_classifier_gives_probabilities_that_padding_does_not_change(name):
     model, ids, _ = build(name, "Classifier")
     model.eval()
@@ -67,10 +70,12 @@ def test_classifier_gives_probabilities_that_padding_does_not_change(name):
     mixed = padded.clone()
     mixed[1, 5:] = 0  # a shorter review beside longer ones
     torch.testing.assert_close(model(mixed)[1:2], model(ids[1:2, :5]))
-    assert model(torch.zeros(1, 7, dtype=torch.long)).isfinite().all(), "a review without words has an answer too"
+    assert model(torch.zeros(1, 7, dtype=torch.long)).isfinite().all(), (
+        "a review without words has an answer too"
+    )
 
 
-@pytest.mark.parametrize("name", rnn.MODEL_NAMES)
+@pytest.mark.parametrize("name", rnn.CELLS)
 def test_initial_weights(name):
     model, *_ = build(name, "Classifier")
     layer = next(m for m in model.modules() if isinstance(m, nn.RNNBase))
@@ -79,7 +84,9 @@ def test_initial_weights(name):
     bias = (layer.bias_ih_l0 + layer.bias_hh_l0).detach().split(100)
     for i, gate in enumerate(bias):
         keep = {("LSTM", 0): -3.0, ("LSTM", 1): 3.0, ("GRU", 1): 3.0}  # input, forget; update
-        assert (gate == keep.get((name, i), 0.0)).all(), "gated cells start out keeping their state alike"
+        assert (gate == keep.get((name, i), 0.0)).all(), (
+            "gated cells start out keeping their state alike"
+        )
     assert not model.embedding.weight[0].any()
     assert model.embedding.weight[1:].std().item() == pytest.approx(0.1, rel=0.05)
 

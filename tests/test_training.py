@@ -1,4 +1,4 @@
-"""The training loop: memory, stopping, learning rate, accumulation, clipping, restored weights, evaluation."""
+"""The training loop: memory, stopping, rates, accumulation, clipping, evaluation."""
 
 import gc
 import itertools
@@ -12,7 +12,8 @@ import pytorch_rnn_models as rnn
 from conftest import new_model
 
 TRAINING = rnn.Training(epochs=3)
-NINE = [(task, name) for task in rnn.TASKS for name in rnn.MODEL_NAMES]
+RATE = 1e-3
+NINE = [(task, name) for task in rnn.TASKS for name in rnn.CELLS]
 
 
 def test_the_best_epoch_of_a_list_of_losses():
@@ -22,9 +23,15 @@ def test_the_best_epoch_of_a_list_of_losses():
     assert [n >= 3 for n in since] == [False] * 7 + [True]
 
 
-def scripted_fit(monkeypatch, data, losses, **changes):
-    """Fit a real model while the validation loss is read from a list; returns history and weights by epoch."""
-    model, weights, script = new_model("forecaster", "RNN", data), [], iter(losses)
+def scripted_fit(monkeypatch, data, losses, learning_rate=RATE, **changes):
+    """Fit a model while the validation loss is read from a list.
+
+    Returns the history, the weights by epoch, and the model.
+    """
+    model = new_model("forecaster", "RNN", data)
+    task = rnn.TASKS["forecaster"]
+    weights = []
+    script = iter(losses)
     honest = rnn.evaluate
 
     def scripted(model, task, dataset):
@@ -33,7 +40,8 @@ def scripted_fit(monkeypatch, data, losses, **changes):
         return result | {"loss": result["loss"] * 0 + next(script)}
 
     monkeypatch.setattr(rnn, "evaluate", scripted)
-    history = rnn.fit(model, rnn.TASKS["forecaster"], data["forecaster"], rnn.Training(**changes), 0)
+    training = rnn.Training(**changes)
+    history = rnn.fit(model, task, data["forecaster"], training, learning_rate, seed=0)
     return history, weights, model
 
 
@@ -41,22 +49,29 @@ def scripted_fit(monkeypatch, data, losses, **changes):
     ("losses", "changes"),
     [([3, 2, 4, 5, 6], {"patience": 3, "lr_patience": 1, "epochs": 9}), ([3, 2, 4], {"epochs": 3})],
 )
-def test_best_weights_are_restored_after_early_stopping_and_when_the_epochs_run_out(losses, changes, monkeypatch, data):
+def test_best_weights_are_restored_after_early_stopping_and_when_the_epochs_run_out(
+    losses, changes, monkeypatch, data
+):
     history, weights, model = scripted_fit(monkeypatch, data, losses, **changes)
     assert len(history) == len(losses)
     assert all(torch.equal(value, weights[1][name]) for name, value in model.state_dict().items())
-    assert any(not torch.equal(value, weights[-1][name]) for name, value in model.state_dict().items())
+    assert any(
+        not torch.equal(value, weights[-1][name]) for name, value in model.state_dict().items()
+    )
 
 
 def test_learning_rate_falls_on_a_plateau_and_is_recorded(monkeypatch, data):
-    history, *_ = scripted_fit(monkeypatch, data, [3] * 8, epochs=8, patience=7, lr_patience=1, learning_rate=0.01)
-    assert [row["learning_rate"] for row in history] == [0.01] * 3 + [0.005] * 2 + [0.0025] * 2 + [0.00125]
+    changes = {"epochs": 8, "patience": 7, "lr_patience": 1}
+    history, *_ = scripted_fit(monkeypatch, data, [3] * 8, learning_rate=0.01, **changes)
+    assert [row["learning_rate"] for row in history] == [0.01] * 3 + [0.005] * 2 + [0.0025] * 2 + [
+        0.00125
+    ]
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5])
 @pytest.mark.parametrize("task", rnn.TASKS)
 def test_accumulation_equals_the_large_batch(task, steps, data):
-    batch = data[task].train.__getitems__(range(30))
+    batch = data[task].train.batch(range(30))
     models = [new_model(task, "GRU", data, dropout=0.0) for _ in range(2)]
     for model, accumulate_steps in zip(models, (1, steps)):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -70,37 +85,45 @@ def test_gradients_are_clipped_and_the_norm_before_is_returned(data):
     model = new_model("forecaster", "RNN", data)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    inputs, targets = data["forecaster"].train.__getitems__(range(8))
+    inputs, targets = data["forecaster"].train.batch(range(8))
     training = replace(TRAINING, clip_norm=0.01)
-    *_, norm = rnn.train_step(model, rnn.TASKS["forecaster"], optimizer, (inputs, targets + 100), training)
-    step = math.sqrt(sum(((new - old) ** 2).sum().item() for new, old in zip(model.parameters(), before)))
+    *_, norm = rnn.train_step(
+        model, rnn.TASKS["forecaster"], optimizer, (inputs, targets + 100), training
+    )
+    moves = [new - old for new, old in zip(model.parameters(), before)]
+    step = math.sqrt(sum(move.square().sum().item() for move in moves))
     assert norm > 1 and step == pytest.approx(0.01, rel=1e-2)
 
 
 @pytest.mark.parametrize(("task", "name"), NINE)
 def test_every_class_can_overfit_one_batch(task, name, data):
     model = new_model(task, name, data, dropout=0.0)
-    inputs, targets = data[task].train.__getitems__(range(8))
+    inputs, targets = data[task].train.batch(range(8))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    batch = (inputs[:, :20], targets)
     for _ in range(150):
-        loss, *_ = rnn.train_step(model, rnn.TASKS[task], optimizer, (inputs[:, :20], targets), TRAINING)
+        loss, *_ = rnn.train_step(model, rnn.TASKS[task], optimizer, batch, TRAINING)
     assert loss < 0.05
 
 
 @pytest.mark.parametrize(("task", "name"), NINE)
 def test_evaluation_does_not_depend_on_batch_size(task, name, data):
     model = new_model(task, name, data)
-    results = [rnn.evaluate(model, rnn.TASKS[task], data[task].test, batch_size=b) for b in (1, 7, 512)]
+    test = data[task].test
+    results = [rnn.evaluate(model, rnn.TASKS[task], test, batch_size=b) for b in (1, 7, 512)]
     for other, key in itertools.product(results[1:], ("loss", "score")):
         assert other[key] == pytest.approx(results[0][key], abs=1e-5)
     assert len(results[0]["loss"]) == len(data[task].test)
 
 
 def test_metrics_are_in_the_units_of_the_series(data):
-    model, task, own = new_model("forecaster", "LSTM", data).eval(), rnn.TASKS["forecaster"], data["forecaster"]
+    model = new_model("forecaster", "LSTM", data).eval()
+    task = rnn.TASKS["forecaster"]
+    own = data["forecaster"]
     with torch.no_grad():
         scaled = [own.test.targets[:, 0], model.roll_forward(own.test.inputs, 1)[:, 0]]
-    scaler, result = own.preprocessing["scaler"], rnn.evaluate(model, task, own.test)
+    scaler = own.preprocessing["scaler"]
+    result = rnn.evaluate(model, task, own.test)
     truth, forecast = (values.double() * scaler["std"] + scaler["mean"] for values in scaled)
     metrics = task.measure(result["loss"], result["score"], own.unit)
     assert metrics["mse"] == pytest.approx(((truth - forecast) ** 2).mean().item(), rel=1e-4)
@@ -113,40 +136,56 @@ def test_perplexity():
 
 
 def test_an_epoch_of_many_steps_holds_no_more_than_one_of_few(data):
-    task, own, alive = rnn.TASKS["predictor"], data["predictor"], {}
-    model, training = new_model("predictor", "RNN", data), rnn.Training(epochs=1, batch_size=4)
+    model = new_model("predictor", "RNN", data)
+    training = rnn.Training(epochs=1, batch_size=4)
+    steps = itertools.count(1)
+    alive = {}
 
-    def count(batches, row):
-        if batches in (10, 200) and row is None:
-            alive[batches] = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    def count(*_):
+        step = next(steps)
+        if step in (10, 200):
+            things = gc.get_objects()
+            alive[step] = sum(issubclass(type(thing), torch.Tensor) for thing in things)
 
-    rnn.fit(model, task, own, training, 0, count)
+    assert len(data["predictor"].train) > 4 * 200
+    model.register_forward_pre_hook(count)
+    rnn.fit(model, rnn.TASKS["predictor"], data["predictor"], training, RATE, seed=0)
     assert alive[200] <= alive[10]
 
 
 def test_epoch_means_are_weighted_by_examples(data):
     """With a learning rate of next to nothing, an epoch's running mean is the evaluation's mean."""
-    model, task, own = new_model("predictor", "RNN", data, dropout=0.0), rnn.TASKS["predictor"], data["predictor"]
-    training = rnn.Training(epochs=1, learning_rate=1e-12, batch_size=100)
+    model = new_model("predictor", "RNN", data, dropout=0.0)
+    task = rnn.TASKS["predictor"]
+    own = data["predictor"]
+    training = rnn.Training(epochs=1, batch_size=100)
     assert len(own.train) % 100, "the last batch must be a smaller one"
-    row = rnn.fit(model, task, own, training, 0)[0]
+    row = rnn.fit(model, task, own, training, learning_rate=1e-12, seed=0)[0]
     result = rnn.evaluate(model, task, own.train)
     assert row["train"]["loss"] == pytest.approx(result["loss"].mean(), rel=1e-4)
     assert row["train"]["accuracy"] == pytest.approx(result["score"].mean(), rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(data):
-    model, training = new_model("forecaster", "GRU", data), replace(TRAINING, learning_rate=1e30)
-    with pytest.raises(RuntimeError, match=r"GRUForecaster \(forecaster\), seed 5.*epoch 1"):
-        rnn.fit(model, rnn.TASKS["forecaster"], data["forecaster"], training, 5)
+    model = new_model("forecaster", "GRU", data)
+    task = rnn.TASKS["forecaster"]
+    with pytest.raises(rnn.Diverged, match=r"GRUForecaster \(forecaster\), seed 5.*epoch 1"):
+        rnn.fit(model, task, data["forecaster"], TRAINING, learning_rate=1e30, seed=5)
 
 
 @pytest.mark.parametrize("task", rnn.TASKS)
 def test_training_learns_and_repeats(task, data):
     training = replace(rnn.QUICK[task].training, epochs=4)
-    models = [new_model(task, "GRU", data) for _ in range(2)]
-    histories = [rnn.fit(model, rnn.TASKS[task], data[task], training, 0) for model in models]
+    rate = rnn.CELLS["GRU"].learning_rates[task]
+    histories = []
+    told = []
+    for _ in range(2):
+        model = new_model(task, "GRU", data)
+        histories.append(
+            rnn.fit(model, rnn.TASKS[task], data[task], training, rate, 0, told.append)
+        )
     losses = [[row["train"]["loss"] for row in history] for history in histories]
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
     assert all(row["gradient_norm"] > 0 for row in histories[0])
+    assert told == histories[0] + histories[1], "each epoch is told of as it ends"

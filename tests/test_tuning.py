@@ -6,10 +6,40 @@ import numpy as np
 import pytest
 
 import pytorch_rnn_models as rnn
-from conftest import ROOT, summary, table
+from conftest import ROOT, leave_out_figures, quick, refusal, summary, table
 
-TINY = ["--quick", "--tune", "--tasks", "forecaster", "--models", "RNN", "GRU", "--seeds", "1", "2", "--output-dir"]
+TINY = ["--tune", "--tasks", "forecaster", "--models", "RNN", "GRU", "--seeds", "1", "2"]
 KEY = ["task", "model", "learning_rate"]
+LOSSES = {  # by model and learning rate, of seeds 1 and 2; a rate that is not here diverges
+    "RNN": {3e-4: (3, 3), 1e-3: (2, 2), 3e-3: (1, 4), 1e-2: (5, 5)},  # 3e-3 is best on one seed
+    "GRU": {3e-4: (3, 3), 1e-3: (3, 3), 3e-3: (2, 2), 1e-2: (1, 2)},
+}
+
+
+def made_up_fit(monkeypatch, losses, other=rnn.Diverged):
+    """Training that takes no time and finds the validation losses given; else raises `other`."""
+
+    def fit(model, task, data, training, learning_rate, seed, on_epoch):
+        name = type(model).__name__.removesuffix("Forecaster")
+        if learning_rate not in losses[name]:
+            raise other(f"{name} failed at {learning_rate:g}")
+        best = losses[name][learning_rate][seed - 1]
+        history = []
+        for epoch, loss in enumerate((9, best, 8), start=1):
+            metrics = {"loss": float(loss), "mse": float(loss), "mae": 1.0}
+            row = {
+                "epoch": epoch,
+                "learning_rate": learning_rate,
+                "gradient_norm": 1.0,
+                "seconds": 0.1,
+                "train": metrics,
+                "validation": metrics,
+            }
+            history.append(row)
+            on_epoch(row)
+        return history
+
+    monkeypatch.setattr(rnn, "fit", fit)
 
 
 def chosen_rates(tried):
@@ -20,35 +50,59 @@ def chosen_rates(tried):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
+    """The folder of a tuning with losses made up."""
     folder = tmp_path_factory.mktemp("tuned")
-    assert rnn.main([*TINY, str(folder)]) == 0
+    drawn = rnn.learning_rates_figure
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        leave_out_figures(monkeypatch)
+        monkeypatch.setattr(rnn, "learning_rates_figure", drawn)
+        made_up_fit(monkeypatch, LOSSES)
+        assert quick(folder, *TINY) == 0
     return folder
 
 
 def test_the_rate_of_the_lowest_mean_validation_loss_is_chosen_and_used(tuned):
-    tried, runs = table(tuned, "tuning"), table(tuned, "runs")
-    assert ",".join(tried) == "task,model,learning_rate,seed,val_loss,best_epoch,epochs,chosen"
-    assert set(tried["seed"]) == {1, 2} and len(runs) == 4
-    means = tried.groupby(KEY)["val_loss"].mean()
-    for (task, model), rate in chosen_rates(tried).items():
-        assert means[task, model].idxmin() == rate
+    tried = table(tuned, "tuning")
+    columns = "task,model,learning_rate,seed,val_loss,best_epoch,epochs,chosen"
+    assert ",".join(tried) == columns
+    assert chosen_rates(tried) == {("forecaster", "RNN"): 1e-3, ("forecaster", "GRU"): 1e-2}
+    for row in tried.itertuples():
+        assert row.val_loss == LOSSES[row.model][row.learning_rate][row.seed - 1]
+        assert (row.best_epoch, row.epochs) == (2, 3)
+    runs = table(tuned, "runs")
+    assert len(runs) == 4
     assert chosen_rates(runs.assign(chosen=True)) == chosen_rates(tried)
-    assert "| learning rate |" in summary(tuned)
+    assert "| learning_rate |" in summary(tuned)
     assert (tuned / "pytorch_rnn_learning_rates.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_tuning_run_is_the_run_that_the_comparison_makes_with_its_rate(tuned):
-    tried, runs = table(tuned, "tuning"), table(tuned, "runs")
-    both = runs.merge(tried[tried["chosen"]], on=[*KEY, "seed"], suffixes=("", "_tuning"))
-    assert len(both) == len(runs) and (both["val_loss"] == both["val_loss_tuning"]).all()
-
-
 def test_a_rate_at_the_edge_of_the_grid_is_followed_one_step_outwards(tuned):
-    grid = rnn.RATES[2:4]
-    for _, rows in table(tuned, "tuning").groupby(["task", "model"]):
-        inner = rows[rows["learning_rate"].isin(grid)].groupby("learning_rate")["val_loss"].mean().idxmin()
-        outer = {rnn.RATES[1]} if inner == grid[0] else {rnn.RATES[4]}
-        assert set(rows["learning_rate"]) == {*grid, *outer}
+    tried = table(tuned, "tuning")
+    rates = tried.groupby("model")["learning_rate"].agg(set)
+    assert rates["RNN"] == {3e-4, 1e-3, 3e-3}
+    assert rates["GRU"] == {1e-3, 3e-3, 1e-2}, "not to 3e-2: one step only"
+
+
+def test_a_rate_within_the_grid_is_not_followed(tmp_path, monkeypatch, no_figures):
+    monkeypatch.setattr(rnn, "DEFAULT", rnn.QUICK)  # the whole grid, on tiny data
+    made_up_fit(monkeypatch, LOSSES)
+    assert rnn.main([*TINY, "--workers", "1", "--output-dir", str(tmp_path)]) == 0
+    tried = table(tmp_path, "tuning")
+    rates = tried.groupby("model")["learning_rate"].agg(set)
+    assert rates["RNN"] == {3e-4, 1e-3, 3e-3, 1e-2}
+    assert rates["GRU"] == {3e-4, 1e-3, 3e-3, 1e-2, 3e-2}
+    assert np.isinf(tried[tried["learning_rate"] == 3e-2]["val_loss"]).all()
+    assert chosen_rates(tried) == {("forecaster", "RNN"): 1e-3, ("forecaster", "GRU"): 1e-2}
+
+
+def test_a_tuning_run_is_the_run_that_the_comparison_makes_with_its_rate(tmp_path, no_figures):
+    assert quick(tmp_path, "--tune", "--tasks", "forecaster", "--models", "GRU") == 0
+    tried = table(tmp_path, "tuning")
+    runs = table(tmp_path, "runs")
+    both = runs.merge(tried[tried["chosen"]], on=[*KEY, "seed"], suffixes=("", "_tuning"))
+    assert len(both) == len(runs) == 1
+    for name in ("val_loss", "best_epoch", "epochs"):
+        assert (both[name] == both[f"{name}_tuning"]).all()
 
 
 def test_the_test_part_is_out_of_reach_while_tuning(tmp_path, monkeypatch):
@@ -59,53 +113,95 @@ def test_the_test_part_is_out_of_reach_while_tuning(tmp_path, monkeypatch):
         __len__ = __getattribute__
 
     data = rnn.build_series(rnn.QUICK["forecaster"], 0)
-    monkeypatch.setattr(rnn, "cached_data", lambda *_: replace(data, test=OutOfReach()))
-    rnn.make_folders(tmp_path, "runs/tuning")
-    job = rnn.Job("forecaster", "RNN", 0, 1e-3, tuning=True)
-    arguments = {"config": rnn.QUICK, "device": rnn.CPU, "output_dir": tmp_path, "costs": {"forecaster": {"RNN": {}}}}
-    rnn.carry_out(job, lambda *_: None, **arguments)
-    assert job.file(tmp_path).exists() and not list((tmp_path / "models").iterdir())
+    monkeypatch.setattr(rnn, "load_data", lambda *_: replace(data, test=OutOfReach()))
+    rnn.make_folder(tmp_path, ["forecaster"], rnn.QUICK)
+    experiment = rnn.Experiment(rnn.QUICK, ["forecaster"], ["RNN"], [0], tmp_path)
+    tuning = rnn.Run("forecaster", "RNN", 0, 1e-3, is_tuning=True)
+    rnn.complete_run(tuning, experiment, lambda row: None)
+    assert tuning.record_path(tmp_path).exists() and not list((tmp_path / "models").iterdir())
     with pytest.raises(AssertionError, match="looked at"):
-        rnn.carry_out(job._replace(tuning=False), lambda *_: None, **arguments)
+        rnn.complete_run(tuning._replace(is_tuning=False), experiment, lambda row: None)
 
 
-def test_resume_repeats_no_tuning_run(tuned, capsys):
+def test_resume_repeats_no_tuning_run(tuned, monkeypatch, no_figures):
     def state():
         content = (tuned / "pytorch_rnn_tuning.csv").read_bytes()
-        return content, {path: path.stat().st_mtime_ns for path in (tuned / "runs" / "tuning").iterdir()}
+        records = (tuned / "runs" / "tuning").iterdir()
+        return content, {path: path.stat().st_mtime_ns for path in records}
 
     before = state()
-    assert rnn.main([*TINY, str(tuned), "--resume"]) == 0
+    monkeypatch.setattr(rnn, "fit", lambda *_: pytest.fail("a run was done again"))
+    assert quick(tuned, *TINY, "--resume") == 0
     assert state() == before
-    assert "8 of 8 runs are finished" in capsys.readouterr().err
 
 
 def test_a_rate_that_diverges_is_named_and_not_chosen(tmp_path, monkeypatch, capsys, no_figures):
-    monkeypatch.setattr(rnn, "RATES", (1e-4, 3e-4, 1e-3, 1e30, 1e31))
-    assert rnn.main([*TINY, str(tmp_path)]) == 0
+    made_up_fit(monkeypatch, {"RNN": {1e-3: (2, 2)}, "GRU": LOSSES["GRU"]})
+    assert quick(tmp_path, *TINY) == 0
     tried = table(tmp_path, "tuning")
-    assert np.isinf(tried[tried["learning_rate"] == 1e30]["val_loss"]).all()
-    assert set(chosen_rates(tried).values()) <= {1e-3, 3e-4}
-    assert "failed: forecaster RNN seed 1 rate 1e+30: RNNForecaster" in capsys.readouterr().err
+    of_rnn = tried[tried["model"] == "RNN"].groupby("learning_rate")["val_loss"].max()
+    assert of_rnn.to_dict() == {3e-4: np.inf, 1e-3: 2, 3e-3: np.inf}
+    assert chosen_rates(tried) == {("forecaster", "RNN"): 1e-3, ("forecaster", "GRU"): 1e-2}
+    assert "forecaster RNN seed 1 rate 0.003: RNN failed at 0.003" in capsys.readouterr().err
 
 
-def test_where_all_rates_diverge_the_model_fails_and_the_others_go_on(tmp_path, monkeypatch, capsys, no_figures):
-    honest = rnn.fit
+def test_a_rate_that_was_not_tried_to_its_end_may_be_the_best_so_none_is_chosen(
+    tmp_path, monkeypatch, capsys, no_figures
+):
+    """As where a run was killed: unlike divergence, that says nothing about the rate."""
+    losses = {"RNN": {1e-3: (2, 2)}, "GRU": LOSSES["GRU"]}
+    made_up_fit(monkeypatch, losses, other=RuntimeError)
+    assert quick(tmp_path, *TINY) == 1
+    error = capsys.readouterr().err
+    assert "forecaster RNN seed 1 rate 0.003: RNN failed at 0.003" in error
+    assert "learning rate of forecaster RNN: none" in error
+    assert "learning rate of forecaster GRU: 0.01" in error
+    assert set(table(tmp_path, "runs")["model"]) == {"GRU"}
+    # the same command with --resume tries again what failed, and is done
+    made_up_fit(monkeypatch, LOSSES)
+    assert quick(tmp_path, *TINY, "--resume") == 0
+    assert chosen_rates(table(tmp_path, "tuning"))["forecaster", "RNN"] == 1e-3
 
-    def rnn_diverges(model, *arguments):
-        if isinstance(model, rnn.RNNForecaster):
-            raise RuntimeError("the loss is not finite")
-        return honest(model, *arguments)
 
-    monkeypatch.setattr(rnn, "fit", rnn_diverges)
-    assert rnn.main([*TINY, str(tmp_path)]) == 1
+def test_where_all_rates_diverge_the_model_fails_and_the_others_go_on(
+    tmp_path, monkeypatch, capsys, no_figures
+):
+    made_up_fit(monkeypatch, {"RNN": {}, "GRU": LOSSES["GRU"]})
+    assert quick(tmp_path, *TINY) == 1
     assert "learning rate of forecaster RNN: none" in capsys.readouterr().err
     assert set(table(tmp_path, "runs")["model"]) == {"GRU"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        (["--hidden-dim", "7"], "hidden_dim 16, not 7"),
+        (["--epochs", "9"], "epochs 2, not 9"),
+        (["--window", "30"], "window 50, not 30"),
+        (["--series", "my.csv"], "file None, not my.csv"),
+    ],
+)
+def test_another_configuration_in_the_same_folder_is_refused_in_one_line(
+    changes, difference, tuned, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.csv").write_text("\n".join(str(i % 7) for i in range(500)))
+    monkeypatch.setattr(rnn, "fit", lambda *_: pytest.fail("trained"))
+
+    def state():
+        files = [path for path in tuned.rglob("*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = state()
+    error = refusal(["--quick", *TINY, *changes, "--output-dir", str(tuned)], capsys)
+    assert error.count("\n") == 1
+    assert "forecaster" in error and difference in error and "--output-dir" in error
+    assert state() == before
 
 
 def test_the_configured_rates_are_those_of_the_committed_table():
     tried = table(ROOT / "outputs" / "tuning", "tuning")
     assert set(tried["seed"]) == {0, 1, 2, 3, 4}
     for (task, model), rate in chosen_rates(tried).items():
-        assert getattr(rnn.DEFAULT[task].learning_rates, model) == rate, (task, model)
+        assert rnn.CELLS[model].learning_rates[task] == rate, (task, model)
     assert len(chosen_rates(tried)) == 9
