@@ -28,7 +28,10 @@ TABLES = ("runs", "summary", "comparisons")
 def tables(folder):
     """The tables of a folder, without times."""
     read = {name: pd.read_csv(folder / f"pytorch_rnn_{name}.csv") for name in TABLES}
-    return {name: table.drop(columns="seconds", errors="ignore").to_csv() for name, table in read.items()}
+    return {
+        name: table.drop(columns="seconds", errors="ignore").to_csv()
+        for name, table in read.items()
+    }
 
 
 def leftovers(folder):
@@ -50,6 +53,13 @@ def start(*arguments):
     command = [*SCRIPT, *map(str, arguments)]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
     return subprocess.Popen(command, preexec_fn=hear_interrupts, **options)
+
+
+def copy_records(source, folder):
+    """Copy what a report is made from."""
+    shutil.copytree(source / "runs", folder / "runs")
+    shutil.copy(source / "config.json", folder)
+    (folder / "predictions").mkdir()
 
 
 def wait_for(condition, seconds=60.0):
@@ -84,7 +94,10 @@ def undisturbed(tmp_path_factory):
 
 def kill_and_resume(folder, workers, kills, expected):
     """Start, kill the whole process group at a random moment, resume, and so on; the last one is let finish."""
-    rng, command = np.random.default_rng(workers), [*TINY, "--workers", workers, "--resume", "--output-dir"]
+    rng, command = (
+        np.random.default_rng(workers),
+        [*TINY, "--workers", workers, "--resume", "--output-dir"],
+    )
     begin = time.monotonic()
     assert start(*command, folder / "timing").wait() == 0
     duration, fresh = time.monotonic() - begin, itertools.count()
@@ -123,49 +136,50 @@ def resume(folder, capsys):
 
 def times(folder):
     """When each record and model was written."""
-    return {path.name: path.stat().st_mtime_ns for path in [*folder.glob("runs/*"), *folder.glob("models/*")]}
+    paths = [*folder.glob("runs/*.json"), *folder.glob("models/*")]
+    return {path.name: path.stat().st_mtime_ns for path in paths}
 
 
-def test_resume_trains_only_what_is_missing_and_names_what_does_not_count(undisturbed, tmp_path, capsys, no_figures):
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_resume_does_only_what_is_missing_and_names_what_is_damaged(
+    undisturbed, tmp_path, capsys, no_figures
+):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    runs, models, name = tmp_path / "runs", tmp_path / "models", "forecaster_{}_seed{}.{}".format
+    name = "forecaster_{}_seed{}.{}".format
+    runs = tmp_path / "runs"
+    models = tmp_path / "models"
     (runs / name("RNN", 1, "json")).unlink()
     content = (runs / name("GRU", 1, "json")).read_bytes()
     (runs / name("GRU", 1, "json")).write_bytes(content[:-9])  # cut
     shutil.copy(runs / name("RNN", 2, "json"), runs / name("GRU", 2, "json"))  # of another run
-    arguments = ["--quick", "--epochs", "1", "--tasks", "forecaster", "--seeds", "2", "--models", "LSTM"]
-    assert rnn.main([*arguments, "--output-dir", str(tmp_path)]) == 0  # of another configuration
-    before, error = times(tmp_path), resume(tmp_path, capsys)
-    for lost in (name("GRU", 1, "json"), name("GRU", 2, "json"), name("LSTM", 2, "json")):
-        assert f"{lost} or its model is damaged or of another configuration; it is done again" in error
-    assert "resuming: 2 of 6 runs are finished" in error and "4 runs on cpu" in error
-    same = {"LSTM_seed1.json", "LSTM_seed1.pt", "RNN_seed2.json", "RNN_seed2.pt", "baselines_seed1.json"}
-    after = times(tmp_path)
-    assert {n for n in before if before[n] == after[n]} == {f"forecaster_{n}" for n in same}
-    assert tables(tmp_path) == tables(undisturbed) and not leftovers(tmp_path)
-    assert "resuming: 6 of 6 runs are finished" in resume(tmp_path, capsys) and times(tmp_path) == after
-    # what is damaged is the model
-    (models / name("RNN", 1, "pt")).unlink()
-    shutil.copy(models / name("GRU", 2, "pt"), models / name("GRU", 1, "pt"))  # the same model, of another seed
-    shutil.copy(models / name("LSTM", 1, "pt"), models / name("RNN", 2, "pt"))
-    (models / name("LSTM", 2, "pt")).write_bytes((models / name("LSTM", 2, "pt")).read_bytes()[:-99])
+    (models / name("LSTM", 1, "pt")).unlink()
+    flip_a_bit(models / name("LSTM", 2, "pt"))
+    (runs / name("baselines", 2, "json")).unlink()
     before = times(tmp_path)
-    assert "resuming: 2 of 6 runs are finished" in resume(tmp_path, capsys)
+    error = resume(tmp_path, capsys)
+    assert "resuming: 2 of 8 runs are finished" in error
+    for damaged in (name("GRU", 1, "json"), name("GRU", 2, "json"), name("LSTM", 2, "json")):
+        assert f"{damaged}, or its model, is damaged" in error
     after = times(tmp_path)
-    same = {f"forecaster_{n}" for n in ("LSTM_seed1", "GRU_seed2", "baselines_seed1", "baselines_seed2")}
-    assert {n.partition(".")[0] for n in before if before[n] == after[n]} == same
-    assert tables(tmp_path) == tables(undisturbed)
+    untouched = {"forecaster_RNN_seed2.json", "forecaster_RNN_seed2.pt"}
+    untouched.add("forecaster_baselines_seed1.json")
+    assert {file for file in before if before[file] == after[file]} == untouched
+    assert tables(tmp_path) == tables(undisturbed) and not leftovers(tmp_path)
+    assert "resuming: 8 of 8 runs are finished" in resume(tmp_path, capsys)
+    assert times(tmp_path) == after
 
 
-def test_baselines_are_measured_once_a_seed_and_resumed_alone(undisturbed, tmp_path, capsys, no_figures):
-    assert len(records(undisturbed)) == 6 and len(records(undisturbed, "baselines")) == 2
+def test_what_a_report_makes_is_made_again(undisturbed, tmp_path, no_figures):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    lost = tmp_path / "runs" / "forecaster_baselines_seed2.json"
-    lost.unlink()
-    before, error = times(tmp_path), resume(tmp_path, capsys)
-    assert "resuming: 6 of 6 runs are finished" in error
-    after = times(tmp_path)
-    assert set(after) - set(before) == {lost.name} and all(after[name] == before[name] for name in before)
+    shutil.rmtree(tmp_path / "predictions")
+    (tmp_path / "pytorch_rnn_runs.csv").unlink()
+    assert rnn.main([*TINY, "--resume", "--output-dir", str(tmp_path)]) == 0
+    assert len(list((tmp_path / "predictions").iterdir())) == 2
     assert tables(tmp_path) == tables(undisturbed)
 
 
@@ -178,42 +192,42 @@ def test_ctrl_c_while_the_workers_start_is_one_line_and_leaves_nothing(pause, tm
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     lines = error.decode().splitlines()
-    assert process.returncode == 130 and lines[-1].startswith("pytorch_rnn_models.py: interrupted; ")
+    assert process.returncode == 130 and lines[-1].startswith(
+        "pytorch_rnn_models.py: interrupted; "
+    )
     assert error.count(b"interrupted") == 1 and b"Traceback" not in error
     wait_for(lambda: group_is_gone(process), seconds=5)
 
 
-def test_signals_wait_for_the_end_of_the_block_and_children_do_not_hear_ctrl_c():
-    passed, script = [], "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    done = threading.Event()
-    other = threading.Thread(target=done.wait)  # as the progress bar has one, which could hear the signal instead
-    other.start()
-    try:
-        hear_interrupts()
-        with pytest.raises(KeyboardInterrupt), rnn.signals_held():
-            os.kill(os.getpid(), signal.SIGINT)
-            passed.append(subprocess.run([sys.executable, "-c", script]).returncode)
-        assert passed == [0] and signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        done.set()
-        other.join()
-    assert signal.getsignal(signal.SIGTERM) == before[1]
+def test_processes_started_where_signals_are_blocked_do_not_hear_ctrl_c():
+    script = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    with ThreadPoolExecutor(1, initializer=rnn.block_signals) as pool:
+        done = pool.submit(subprocess.run, [sys.executable, "-S", "-c", script]).result()
+    assert done.returncode == 0
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "to_all", "status"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
-def test_a_signal_ends_the_run_and_its_workers_and_keeps_what_is_finished(number, to_all, status, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "to_all", "status"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)]
+)
+def test_a_signal_ends_the_run_and_its_workers_and_keeps_what_is_finished(
+    number, to_all, status, tmp_path
+):
     process = start(*TINY, *TWO, "--seeds", *range(30), "--output-dir", tmp_path)
     wait_for(lambda: records(tmp_path))
-    (os.killpg if to_all else os.kill)(process.pid, number)  # a terminal sends Ctrl-C to the whole group
+    (os.killpg if to_all else os.kill)(
+        process.pid, number
+    )  # a terminal sends Ctrl-C to the whole group
     seconds = wait_for(lambda: process.poll() is not None)
     _, error = process.communicate(timeout=60)
     last = error.decode().splitlines()[-1]
     assert process.returncode == status and seconds < 5 and b"Traceback" not in error
-    assert last.startswith("pytorch_rnn_models.py: interrupted; ") and "--resume" in last and "--report" in last
+    assert (
+        last.startswith("pytorch_rnn_models.py: interrupted; ")
+        and "--resume" in last
+        and "--report" in last
+    )
     wait_for(lambda: group_is_gone(process), seconds=5)
     finished = len(records(tmp_path))
     assert 0 < finished < 90 and not (tmp_path / "pytorch_rnn_runs.csv").exists()
@@ -242,19 +256,45 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 def test_a_worker_that_is_killed_fails_its_run_only(tmp_path, capsys, no_figures):
     def kill_a_worker():
         wait_for(lambda: records(tmp_path))
-        time.sleep(0.3)  # the run whose record was seen is told of: what is killed is in the middle of the next
+        time.sleep(
+            0.3
+        )  # the run whose record was seen is told of: what is killed is in the middle of the next
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill_a_worker)
     thread.start()
     status = rnn.main([*TINY, *TWO, "--seeds", *map(str, range(4)), "--output-dir", str(tmp_path)])
     thread.join()
-    failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
-    assert status == 1 and len(failed) == 1
-    assert "its process ended with status -9; killed, or out of memory?" in failed[0]
-    assert len(records(tmp_path)) == 11 and not multiprocessing.active_children()
-    assert rnn.main([*TINY, "--seeds", *map(str, range(4)), "--resume", "--output-dir", str(tmp_path)]) == 0
-    assert len(records(tmp_path)) == 12
+    lines = capsys.readouterr().err.splitlines()
+    failed = [line for line in lines if line.startswith("failed: ")]
+    assert status == 1 and len(failed) == 1 and "status -9" in failed[0]
+    assert len(records(tmp_path)) + len(records(tmp_path, "baselines")) == 15
+    assert not multiprocessing.active_children()
+    assert (
+        rnn.main([*TINY, "--seeds", *map(str, range(4)), "--resume", "--output-dir", str(tmp_path)])
+        == 0
+    )
+    assert len(records(tmp_path)) == 12 and len(records(tmp_path, "baselines")) == 4
+
+
+def parent_of(pid):
+    """The process that started `pid`."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.slow
+def test_the_death_of_the_fork_server_costs_the_runs_under_way_only(tmp_path):
+    process = start(*TINY, *TWO, "--seeds", *range(8), "--output-dir", tmp_path)
+    wait_for(lambda: records(tmp_path))
+    servers = [pid for pid in children(process.pid) if children(pid)]
+    os.kill(int(servers[-1]), signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    lines = error.decode().splitlines()
+    failed = [line for line in lines if line.startswith("failed: ")]
+    assert process.returncode == 1 and 1 <= len(failed) <= 4
+    assert b"Traceback" not in error
+    assert len(records(tmp_path)) + len(records(tmp_path, "baselines")) == 32 - len(failed)
+    wait_for(lambda: group_is_gone(process), seconds=5)
 
 
 # --- side by side ---------------------------------------------------------------------
@@ -262,8 +302,15 @@ def test_a_worker_that_is_killed_fails_its_run_only(tmp_path, capsys, no_figures
 
 @pytest.mark.slow
 def test_two_processes_fill_one_folder_with_slices(undisturbed, tmp_path):
-    slices = [start(*TINY[:3], "--models", name, "--seeds", 1, 2, "--output-dir", tmp_path) for name in ("RNN", "GRU")]
-    slices.append(start(*TINY[:3], "--models", "LSTM", "--seeds", 1, 2, "--workers", 2, "--output-dir", tmp_path))
+    slices = [
+        start(*TINY[:3], "--models", name, "--seeds", 1, 2, "--output-dir", tmp_path)
+        for name in ("RNN", "GRU")
+    ]
+    slices.append(
+        start(
+            *TINY[:3], "--models", "LSTM", "--seeds", 1, 2, "--workers", 2, "--output-dir", tmp_path
+        )
+    )
     assert [process.wait() for process in slices] == [0, 0, 0]
     assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 0
     assert tables(tmp_path) == tables(undisturbed) and not leftovers(tmp_path)
@@ -277,11 +324,21 @@ def test_two_processes_fill_one_folder_with_slices(undisturbed, tmp_path):
 def test_a_folder_that_vanishes_ends_the_run_in_one_line(workers, tmp_path, capsys):
     def vanish():
         wait_for(lambda: records(tmp_path / "out"))
-        (tmp_path / "out").rename(tmp_path / "elsewhere")  # at one stroke, whatever is being written
+        (tmp_path / "out").rename(
+            tmp_path / "elsewhere"
+        )  # at one stroke, whatever is being written
 
     thread = threading.Thread(target=vanish)
     thread.start()
-    arguments = [*TINY, "--workers", workers, "--seeds", *map(str, range(9)), "--output-dir", str(tmp_path / "out")]
+    arguments = [
+        *TINY,
+        "--workers",
+        workers,
+        "--seeds",
+        *map(str, range(9)),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     assert rnn.main(arguments) == 1
     thread.join()
     error = capsys.readouterr().err.splitlines()
@@ -289,9 +346,11 @@ def test_a_folder_that_vanishes_ends_the_run_in_one_line(workers, tmp_path, caps
     assert not any("Traceback" in line for line in error) and not multiprocessing.active_children()
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch, no_figures):
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_finished(
+    tmp_path, capsys, monkeypatch, no_figures
+):
     def nearly_full(path, content):
-        if len(records(tmp_path)) == 2:
+        if len(records(tmp_path)) == 2 and path.parent.name == "runs":
             raise OSError(28, "No space left on device", str(path))
         return honest(path, content)
 
@@ -304,11 +363,13 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_is_finished(tmp_pat
     assert len(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")) == 2
 
 
-def test_a_figure_that_cannot_be_drawn_costs_nothing_else(undisturbed, tmp_path, capsys, monkeypatch, no_figures):
+def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
+    undisturbed, tmp_path, capsys, monkeypatch, no_figures
+):
     def broken(_records):
         raise ZeroDivisionError("no such luck")
 
-    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+    copy_records(undisturbed, tmp_path)
     monkeypatch.setattr(rnn, "parameters_figure", broken)
     assert rnn.main(["--quick", "--report", "--output-dir", str(tmp_path)]) == 1
     error = capsys.readouterr().err
@@ -318,13 +379,25 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(undisturbed, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[]", b"null", b'{"task": "chess"}', b"\xff\xfe", b'{"task": "pre', b"[" * 100_000]
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"task": "chess"}',
+        b"\xff\xfe",
+        b'{"task": "pre',
+        b"[" * 100_000,
+    ],
 )
-def test_whatever_lies_among_the_records_is_named_and_left_out(content, undisturbed, tmp_path, capsys, no_figures):
-    shutil.copytree(undisturbed / "runs", tmp_path / "runs")
+def test_whatever_lies_among_the_records_is_named_and_left_out(
+    content, undisturbed, tmp_path, capsys, no_figures
+):
+    copy_records(undisturbed, tmp_path)
     path = tmp_path / "runs" / "forecaster_RNN_seed1.json"
     path.write_bytes(content)
     assert rnn.main([*TINY, "--report", "--output-dir", str(tmp_path)]) == 0
-    said = f"{path} is not the whole record of a run of this version; it is left out"
+    said = f"{path} is not the whole record of a run; it is left out"
     assert set(capsys.readouterr().err.splitlines()) == {said}
     assert len(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")) == 5

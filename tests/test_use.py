@@ -31,7 +31,10 @@ def test_classifier_labels_texts_as_in_training(checkpoint):
     assert answers[0] == answers[1] and answers[0][0] in ("negative", "positive")
     assert all(0.5 <= probability <= 1 for _, probability in answers[:4])
     assert all(label is None and np.isnan(probability) for label, probability in answers[4:])
-    (label, probability), ids = answers[2], [model.preprocessing["vocabulary"].index(w) for w in texts[2].split()]
+    (label, probability), ids = (
+        answers[2],
+        [model.preprocessing["vocabulary"].index(w) for w in texts[2].split()],
+    )
     with torch.no_grad():
         positive = model(torch.tensor([ids])).item()
     assert probability == pytest.approx(max(positive, 1 - positive), abs=1e-5)
@@ -42,15 +45,25 @@ def test_classifier_labels_texts_as_in_training(checkpoint):
 def test_of_a_text_of_10000_words_the_end_is_read(checkpoint, capsys):
     model = rnn.load_checkpoint(checkpoint("classifier"))
     end = "plot was superb while nobody waits " * 40  # 240 words
-    assert model.predict("boring " * 10_000 + end) == model.predict(end) == model.predict(" ".join(end.split()[-200:]))
-    assert len(predict(capsys, checkpoint("classifier"), "boring " * 10_000)) == 1, "too long for a file's name"
+    assert (
+        model.predict("boring " * 10_000 + end)
+        == model.predict(end)
+        == model.predict(" ".join(end.split()[-200:]))
+    )
+    assert len(predict(capsys, checkpoint("classifier"), "boring " * 10_000)) == 1, (
+        "too long for a file's name"
+    )
 
 
 def test_predictor_gives_known_words_and_repeats_itself(checkpoint):
     model = rnn.load_checkpoint(checkpoint("predictor"))
     likeliest = model.predict("The sailor near the", n=5)
     probabilities = [probability for _, probability in likeliest]
-    assert len(likeliest) == 5 and probabilities == sorted(probabilities, reverse=True) and sum(probabilities) <= 1
+    assert (
+        len(likeliest) == 5
+        and probabilities == sorted(probabilities, reverse=True)
+        and sum(probabilities) <= 1
+    )
     assert not {rnn.PAD, rnn.UNK} & {word for word, _ in model.predict("the", n=10**6)}
     assert model.predict("") == model.predict("."), "without words, a sentence begins"
     assert model.predict("xyzzy") == model.predict("plugh"), "unknown words are one and the same"
@@ -61,7 +74,9 @@ def test_predictor_gives_known_words_and_repeats_itself(checkpoint):
 
 def test_continuation_at_temperature_0_takes_the_likeliest_word(checkpoint):
     model, text = rnn.load_checkpoint(checkpoint("predictor")), "the sailor"
-    for word in rnn.tokenize(model.continue_text(text, length=8, temperature=0), rnn.WORDS_AND_ENDS):
+    for word in rnn.tokenize(
+        model.continue_text(text, length=8, temperature=0), rnn.WORDS_AND_ENDS
+    ):
         assert word == model.predict(text)[0][0]
         text += f" {word}"
 
@@ -73,7 +88,9 @@ def test_forecaster_feeds_back_and_speaks_the_units_of_the_series(checkpoint):
     assert forecast.shape == (3,)
     again = [model.predict([*values, *forecast[:i]])[0] for i in range(3)]
     assert forecast == pytest.approx(again, rel=1e-5)
-    assert model.predict(values[-50:]) == pytest.approx(model.predict(values)), "the last window is read"
+    assert model.predict(values[-50:]) == pytest.approx(model.predict(values)), (
+        "the last window is read"
+    )
     assert np.isfinite(model.predict([1.0, 2.0])).all(), "a shorter series is read whole"
     for wrong in ([], [1.0, np.nan], [[1.0]], ["a"], [[1.0], [1.0, 2.0]], np.ones((5, 1))):
         with pytest.raises(rnn.InputError, match="one or more finite values"):
@@ -84,7 +101,11 @@ def test_forecaster_feeds_back_and_speaks_the_units_of_the_series(checkpoint):
 
 def test_the_readmes_lines_work(tmp_path, monkeypatch, no_figures):
     readme = (ROOT / "README_pytorch.md").read_text(encoding="utf-8")
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_checkpoint" in block]
+    blocks = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        if "load_checkpoint" in block
+    ]
     assert blocks
     monkeypatch.chdir(tmp_path)
     for block in blocks:
@@ -99,18 +120,24 @@ def predict(capsys, *arguments):
     return capsys.readouterr().out.splitlines()
 
 
-def test_predict_labels_each_line_of_text_file_or_standard_input(checkpoint, capsys, tmp_path, monkeypatch):
+def test_predict_labels_each_line_of_text_file_or_standard_input(
+    checkpoint, capsys, tmp_path, monkeypatch
+):
     path, lines = tmp_path / "lines.txt", "plot was moving\n\nplot was dull\n"
     path.write_text(lines)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     outputs = [predict(capsys, checkpoint("classifier"), source) for source in (lines, path, "-")]
     assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0]) == 3
-    assert re.fullmatch(r"(negative|positive)\t0\.\d{4}", outputs[0][0]) and outputs[0][1] == "-\tnan"
+    assert (
+        re.fullmatch(r"(negative|positive)\t0\.\d{4}", outputs[0][0]) and outputs[0][1] == "-\tnan"
+    )
 
 
 def test_predict_continues_a_text(checkpoint, capsys):
     options = ["--length", 7, "--temperature", 0, "--seed", 3]
-    *likeliest, blank, continuation = predict(capsys, checkpoint("predictor"), "the sailor", *options)
+    *likeliest, blank, continuation = predict(
+        capsys, checkpoint("predictor"), "the sailor", *options
+    )
     assert len(likeliest) == 5 and all(re.fullmatch(r"\S+\t0\.\d{4}", line) for line in likeliest)
     assert blank == "" and len(rnn.tokenize(continuation, rnn.WORDS_AND_ENDS)) == 7
 
@@ -118,7 +145,9 @@ def test_predict_continues_a_text(checkpoint, capsys):
 def test_predict_continues_a_series(checkpoint, capsys, tmp_path):
     path = tmp_path / "series.csv"
     path.write_text("day,t,u\n" + "\n".join(f"d{i},{i % 7},0" for i in range(60)))
-    header, *rows = predict(capsys, checkpoint("forecaster"), path, "--length", 3, "--series-column", "t")
+    header, *rows = predict(
+        capsys, checkpoint("forecaster"), path, "--length", 3, "--series-column", "t"
+    )
     assert header == "step,value" and [row.split(",")[0] for row in rows] == ["1", "2", "3"]
 
 
@@ -147,10 +176,10 @@ def test_predict_reads_a_pipe_once(checkpoint, capsys, tmp_path):
         (["CLASSIFIER", "BINARY"], "not UTF-8"),
         (["none\x1b[31m\n.pt", "text"], "none\\x1b[31m\\n.pt: no such file"),
         (["CLASSIFIER", f"{'x' * 999}.txt"], "..."),
-        (["CLASSIFIER", "text", "--length", "0"], "'0' is not a whole number of 1 or more"),
-        (["PREDICTOR", "text", "--temperature", "-1"], "'-1' is not a number from 0 to 100"),
-        (["PREDICTOR", "text", "--temperature", "1e39"], "'1e39' is not a number from 0 to 100"),
-        (["PREDICTOR", "text", "--temperature", "nan"], "'nan' is not a number from 0 to 100"),
+        (["CLASSIFIER", "text", "--length", "0"], "--length 0"),
+        (["PREDICTOR", "text", "--temperature", "-1"], "--temperature -1"),
+        (["PREDICTOR", "text", "--temperature", "1e39"], "--temperature 1e+39"),
+        (["PREDICTOR", "text", "--temperature", "nan"], "--temperature nan"),
     ],
 )
 def test_predict_refuses_in_one_line(arguments, message, checkpoint, capsys, tmp_path, monkeypatch):
@@ -177,7 +206,11 @@ class Hostile:
 def test_a_hostile_checkpoint_runs_no_code(checkpoint, tmp_path, capsys):
     marker, path = tmp_path / "ran", tmp_path / "hostile.pt"
     content = torch.load(checkpoint("classifier"), weights_only=True)
-    for hostile in (Hostile(marker), content | {"weights": Hostile(marker)}, content | {"more": Hostile(marker)}):
+    for hostile in (
+        Hostile(marker),
+        content | {"weights": Hostile(marker)},
+        content | {"more": Hostile(marker)},
+    ):
         for save in (torch.save, lambda value, to: to.write_bytes(pickle.dumps(value))):
             save(hostile, path)
             with pytest.raises(rnn.InputError, match="not a model that this script can use"):
@@ -198,11 +231,15 @@ def change(content, *path, to):
 @pytest.mark.parametrize(
     ("task", "path", "to", "message"),
     [
-        ("classifier", ["task"], "chess", "it is for a task 'chess'"),
-        ("classifier", ["model"], "Transformer", "it is a model 'Transformer'"),
+        ("classifier", ["class"], "Transformer", "'Transformer'"),
         ("classifier", ["arguments", "n_layers"], 10**9, "a size or a dropout that makes no sense"),
         ("classifier", ["arguments", "n_layers"], True, "a size or a dropout that makes no sense"),
-        ("classifier", ["arguments", "dropout"], float("nan"), "a size or a dropout that makes no sense"),
+        (
+            "classifier",
+            ["arguments", "dropout"],
+            float("nan"),
+            "a size or a dropout that makes no sense",
+        ),
         ("classifier", ["arguments", "vocab_size"], 10**12, "its weights do not fit its model"),
         ("classifier", ["arguments", "hidden_dim"], 5, "its weights do not fit its model"),
         ("classifier", ["arguments", "colour"], 5, ""),
@@ -218,7 +255,9 @@ def change(content, *path, to):
         ("forecaster", ["preprocessing"], {}, ""),
     ],
 )
-def test_the_content_of_a_checkpoint_is_checked(task, path, to, message, checkpoint, tmp_path, recwarn):
+def test_the_content_of_a_checkpoint_is_checked(
+    task, path, to, message, checkpoint, tmp_path, recwarn
+):
     content, changed = torch.load(checkpoint(task), weights_only=True), tmp_path / "changed.pt"
     torch.save(change(content, *path, to=to), changed)
     with pytest.raises(rnn.InputError) as refusal:
@@ -227,11 +266,21 @@ def test_the_content_of_a_checkpoint_is_checked(task, path, to, message, checkpo
     assert message in str(refusal.value) and "\n" not in str(refusal.value) and not recwarn.list
 
 
-def test_a_small_checkpoint_that_asks_for_gigabytes_is_refused_without_using_them(checkpoint, tmp_path):
+def test_a_small_checkpoint_that_asks_for_gigabytes_is_refused_without_using_them(
+    checkpoint, tmp_path
+):
     resource = pytest.importorskip("resource")  # not on Windows
-    content, words, path = torch.load(checkpoint("predictor"), weights_only=True), 10_000_000, tmp_path / "huge.pt"
+    content, words, path = (
+        torch.load(checkpoint("predictor"), weights_only=True),
+        10_000_000,
+        tmp_path / "huge.pt",
+    )
     content["arguments"]["vocab_size"] = words
-    for name, shape in (("embedding.weight", (words, 50)), ("head.weight", (words, 100)), ("head.bias", (words,))):
+    for name, shape in (
+        ("embedding.weight", (words, 50)),
+        ("head.weight", (words, 100)),
+        ("head.bias", (words,)),
+    ):
         content["weights"][name] = torch.zeros(1).expand(shape)  # 6 GB
     torch.save(content, path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -242,13 +291,19 @@ def test_a_small_checkpoint_that_asks_for_gigabytes_is_refused_without_using_the
 
 
 def test_damaged_checkpoints_and_random_bytes_are_loaded_or_refused(checkpoint, tmp_path):
-    rng, content, path = np.random.default_rng(0), checkpoint("forecaster").read_bytes(), tmp_path / "damaged.pt"
+    rng, content, path = (
+        np.random.default_rng(0),
+        checkpoint("forecaster").read_bytes(),
+        tmp_path / "damaged.pt",
+    )
     refused = 0
     for case in range(150):
         damaged = bytearray(content if case % 3 else rng.bytes(int(rng.integers(0, 2000))))
         for _ in range(int(rng.integers(0, 9)) if damaged else 0):
             damaged[int(rng.integers(len(damaged)))] = int(rng.integers(256))
-        path.write_bytes(damaged[: int(rng.integers(len(damaged) + 1))] if case % 3 == 1 else damaged)
+        path.write_bytes(
+            damaged[: int(rng.integers(len(damaged) + 1))] if case % 3 == 1 else damaged
+        )
         try:
             rnn.load_checkpoint(path)
         except rnn.InputError as error:
