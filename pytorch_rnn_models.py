@@ -1,26 +1,27 @@
 """Vanilla RNN, LSTM and GRU compared on three tasks, each with its baselines and its ceiling.
 
     python pytorch_rnn_models.py                 the whole experiment, into outputs/
-    python pytorch_rnn_models.py --quick         the whole pipeline on tiny data, into outputs/quick/
-    python pytorch_rnn_models.py --help          all options: your own data, resuming, trained models
+    python pytorch_rnn_models.py --quick         all of it on tiny data, into outputs/quick/
+    python pytorch_rnn_models.py --help          all options: your own data, trained models
     python -m pytest tests                       the tests
 
 Tasks       classifier   positive or negative film reviews    (accuracy, binary cross-entropy)
             predictor    the next word of a corpus            (accuracy, cross-entropy, perplexity)
             forecaster   the next value of noisy sine waves   (MSE, MAE)
-Sections    configuration, datasets, generated data, your own data, baselines, models, tasks, training,
-            evidence, experiment, results, figures, command line: each uses only what stands above it
+Sections    configuration, datasets, generated data, your own data, baselines, models, tasks,
+            training, evidence, experiment, results, figures, command line: each uses only what
+            stands above it
 Data flow   options -> configuration -> runs -> records of test examples -> tables -> figures
 Files       pytorch_rnn_*.png, pytorch_rnn_{runs,history,summary,comparisons,costs,tuning}.csv,
             pytorch_rnn_summary.md
             config.json                     the configuration: one folder holds one
-            runs/TASK_MODEL_seedN.json      the record of a run; MODEL "baselines": what needs no training
+            runs/TASK_MODEL_seedN.json      the record of a run; "baselines": what needs no training
             models/TASK_MODEL_seedN.pt      its model: load_checkpoint(path).predict(...) uses it
             predictions/TASK_seedN.csv      the answers of all models to each test example
             all in the output directory, each written whole or not at all
 
-Shapes in comments: N examples, B batch, T time steps, E embedding, F input features, H hidden units,
-V vocabulary, K labels, O origins of forecasts.
+Shapes in comments: N examples, B batch, T time steps, E embedding, F input features, H hidden
+units, V vocabulary, K labels, O origins of forecasts.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import combinations, product
@@ -68,18 +69,23 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+# cuBLAS repeats its numbers only with this, and reads it when it is first used
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # ======================================================================================
 # Configuration
 # ======================================================================================
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says what was found and what would be right."""
+    """What was given cannot be used; the message says what was found and what would be right."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A recurrent cell. One more is one more record in `CELLS`, its three classes, and these in `TASKS`."""
+    """A recurrent cell. One more is one more record in `CELLS`, its three classes, and these in
+    `TASKS`.
+    """
 
     layer: type[nn.RNNBase]
     colour: str  # in all figures; these are safe for colour-blind readers (Okabe & Ito 2008)
@@ -87,9 +93,9 @@ class Cell:
     learning_rates: Mapping  # Adam's at the start, by task: what `--tune` chose
 
 
-# The rates are those of `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` with the settings below:
-# if these change, they have to be chosen again. Gates: LSTM input, forget, cell, output; GRU reset,
-# update, new. A GRU's update gate does the work of the LSTM's input and forget gates.
+# The rates are those of `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` with the settings
+# below: if these change, they have to be chosen again. Gates: LSTM input, forget, cell, output; GRU
+# reset, update, new. A GRU's update gate does the work of the LSTM's input and forget gates.
 CELLS = {
     "RNN": Cell(
         layer=nn.RNN,
@@ -249,7 +255,7 @@ def seed_torch(seed, purpose):
 
 
 class SequenceDataset(Dataset):
-    """Inputs and targets on one device; `lengths` (N,): how many leading steps of each hold data."""
+    """Inputs and targets on one device; `lengths` (N,): how many leading steps hold data."""
 
     def __init__(self, inputs, targets, lengths):
         self.inputs = inputs
@@ -263,6 +269,8 @@ class SequenceDataset(Dataset):
         """Inputs and targets of these examples, cut to the longest of them."""
         rows = torch.as_tensor(rows)
         longest = int(self.lengths[rows].max())
+        device = self.inputs.device  # not waited for; MPS was reported to corrupt data then
+        rows = rows.to(device, non_blocking=device.type != "mps")
         return self.inputs[rows, :longest], self.targets[rows]
 
     def __getitems__(self, rows):  # what a DataLoader calls
@@ -301,11 +309,12 @@ def centred(windows):
 
 
 class SeriesDataset(SequenceDataset):
-    """Every `stride`-th window of a series and the value after it: (N, T, 1) and (N, 1), float views.
+    """Every `stride`-th window of a series and the value after it: (N, T, 1) and (N, 1), float
+    views.
 
-    What a model is given is relative: a batch holds the windows without their means, and how far the
-    next value lies from the last. So a level that training never saw does no harm, and a model that
-    answers 0 is persistence (after NLinear, Zeng et al. 2023).
+    What a model is given is relative: a batch holds the windows without their means, and how far
+    the next value lies from the last. So a level that training never saw does no harm, and a model
+    that answers 0 is persistence (after NLinear, Zeng et al. 2023).
     """
 
     def __init__(self, values, window, stride=1, device=CPU):
@@ -321,8 +330,8 @@ class SeriesDataset(SequenceDataset):
 class LengthBuckets(Sampler):
     """Shuffled batches of examples of similar length, so that little time goes into padding.
 
-    Every epoch the examples are shuffled, sorted by length within pools of `pool` batches, and cut into
-    batches, which are shuffled again. With equal lengths this is plain shuffling.
+    Every epoch the examples are shuffled, sorted by length within pools of `pool` batches, and cut
+    into batches, which are shuffled again. With equal lengths this is plain shuffling.
     """
 
     def __init__(self, lengths, batch_size, rng, pool=32):
@@ -364,7 +373,7 @@ def tokenize(text, pattern):
 
 
 def three_parts(n, least, what):
-    """Contiguous, disjoint train, validation and test slices of n items; InputError below `least`."""
+    """Contiguous train, validation and test slices of n items; InputError below `least`."""
     if n < least:
         raise InputError(f"{n:,} {what}; three splits need {least:,} or more")
     first = int(n * TRAIN_SHARE)
@@ -378,37 +387,40 @@ def three_parts(n, least, what):
 
 # --- reviews --------------------------------------------------------------------------
 
-POSITIVE = """good great moving brilliant charming funny clever gripping tender superb fresh honest elegant thrilling
-    warm vivid""".split()
-NEGATIVE = "bad dull wooden clumsy boring awful shallow lazy tedious bland noisy stale cheap silly weak cold".split()
-ASPECTS = """plot acting script music camera pacing ending dialogue cast score editing humour story drama lighting
-    costume""".split()
+POSITIVE = """good great moving brilliant charming funny clever gripping tender superb fresh honest
+    elegant thrilling warm vivid""".split()
+NEGATIVE = """bad dull wooden clumsy boring awful shallow lazy tedious bland noisy stale cheap silly
+    weak cold""".split()
+ASPECTS = """plot acting script music camera pacing ending dialogue cast score editing humour story
+    drama lighting costume""".split()
 AFFIRMATIONS, NEGATIONS = (
     "was is felt seemed looked stayed".split(),
     "wasn't isn't never hardly".split(),
 )
 CONJUNCTIONS = "while as when because and then but until where after".split()
-VERBS = """waits returns sings leaves dreams runs hides wins falls listens smiles drives fights dances writes
-    travels""".split()
+VERBS = """waits returns sings leaves dreams runs hides wins falls listens smiles drives fights
+    dances writes travels""".split()
 TRIUMPHS, FAILURES = "triumph delight treat".split(), "failure disaster bore".split()
-CHARACTERS = """hero heroine villain detective stranger doctor soldier widow orphan priest thief reporter queen butler
-    cousin everyone nobody somebody he she""".split()
-NAME_HEADS = """ald alder ash barn beck birch black bright brook buck burn carl chart clay cold crow dart deer dun east
-    eld elm fair farn fern fox glen gold grey hal ham hart hawk hazel heath high holly hunt iron kel king kirk lang lark
-    lind lock long mal marsh mead mill moor nether new north oak old oxen pem pine quill rad raven red ridge rock rose
-    rush sand sel shaw silver south stan stone storm sun swan thorn tun ul wake wal west white wil wind winter wolf wood
-    wyn yar york""".title().split()
-NAME_MIDDLES = """a al an ar bel ber col den der el en er et ey for hal hel ing ken ker lan lea len ley lin man mar mel
-    mer ner o ol on or ra ren ri ros ter ton""".split()
-NAME_TAILS = """acre bank beck berg bourne bridge brook burn bury by church cliff combe cote crest croft dale dean den
-    down ely fell field fold ford garth gate gill glade grange grave grove ham hay head hill holt house hurst keld land
-    leigh lock low mere mond more mouth ness park pool port ridge road rick row scott shaw shire side son stead stoke
-    stone stow thorpe thwaite toft ton tree vale view ville wall ward water way well wick wold worth yard""".split()
+CHARACTERS = """hero heroine villain detective stranger doctor soldier widow orphan priest thief
+    reporter queen butler cousin everyone nobody somebody he she""".split()
+NAME_HEADS = """ald alder ash barn beck birch black bright brook buck burn carl chart clay cold crow
+    dart deer dun east eld elm fair farn fern fox glen gold grey hal ham hart hawk hazel heath high
+    holly hunt iron kel king kirk lang lark lind lock long mal marsh mead mill moor nether new north
+    oak old oxen pem pine quill rad raven red ridge rock rose rush sand sel shaw silver south stan
+    stone storm sun swan thorn tun ul wake wal west white wil wind winter wolf wood wyn yar
+    york""".title().split()
+NAME_MIDDLES = """a al an ar bel ber col den der el en er et ey for hal hel ing ken ker lan lea len
+    ley lin man mar mel mer ner o ol on or ra ren ri ros ter ton""".split()
+NAME_TAILS = """acre bank beck berg bourne bridge brook burn bury by church cliff combe cote crest
+    croft dale dean den down ely fell field fold ford garth gate gill glade grange grave grove ham
+    hay head hill holt house hurst keld land leigh lock low mere mond more mouth ness park pool port
+    ridge road rick row scott shaw shire side son stead stoke stone stow thorpe thwaite toft ton
+    tree vale view ville wall ward water way well wick wold worth yard""".split()
 
 
 @dataclass(frozen=True)
 class Reviews:
-    """Labelled texts and, where they were generated, the evidence that the generator put into each."""
+    """Labelled texts and, where they were generated, the evidence that was put into each."""
 
     texts: Sequence[str]
     labels: np.ndarray  # (N,): 0 to K - 1
@@ -420,18 +432,21 @@ class Reviews:
 
 
 def generate_reviews(config, rng):
-    """Synthetic reviews in which the evidence is scattered over the whole text and has to be added up.
+    """Synthetic reviews in which the evidence is scattered over the whole text and has to be added
+    up.
 
-    A review is a sequence of three-word phrases and a closing verdict; a third are short, the others long. An
-    `opinion_rate` of the phrases are opinions ("plot was moving"), a `negation_rate` of them put as the negation of the
-    opposite ("plot wasn't dull"); the rest tell of characters ("while nobody waits"), a `name_rate` of them by one of
-    300,000 Zipf-distributed surnames. Each opinion agrees with the label with a probability drawn per review from
-    `clarity`; the closing verdict ("in all a triumph") agrees with it `verdict_reliability` of the time.
+    A review is a sequence of three-word phrases and a closing verdict; a third are short, the
+    others long. An `opinion_rate` of the phrases are opinions ("plot was moving"), a
+    `negation_rate` of them put as the negation of the opposite ("plot wasn't dull"); the rest tell
+    of characters ("while nobody waits"), a `name_rate` of them by one of 300,000 Zipf-distributed
+    surnames. Each opinion agrees with the label with a probability drawn per review from `clarity`;
+    the closing verdict ("in all a triumph") agrees with it `verdict_reliability` of the time.
 
-    Why the models differ: the verdict stands at the end, and reading it takes no memory. The opinions are worth more,
-    but have to be told from the asides and added up over as many as 195 words: gated cells can keep a sum while they
-    pass over what does not matter (Hochreiter & Schmidhuber 1997); a vanilla RNN rewrites its whole state at every
-    word. Negation is invisible to a bag of words.
+    Why the models differ: the verdict stands at the end, and reading it takes no memory. The
+    opinions are worth more, but have to be told from the asides and added up over as many as 195
+    words: gated cells can keep a sum while they pass over what does not matter (Hochreiter &
+    Schmidhuber 1997); a vanilla RNN rewrites its whole state at every word. Negation is invisible
+    to a bag of words.
     """
     n_reviews, (least, most) = config.n_reviews, config.phrases
     labels = rng.permutation(np.arange(n_reviews) % 2)
@@ -472,7 +487,8 @@ def generate_reviews(config, rng):
     ]
     who = np.where(named, surnames, rng.choice(CHARACTERS, n))
     asides = rng.choice(CONJUNCTIONS, n).astype(object) + " " + who + " " + rng.choice(VERBS, n)
-    # each review's phrases and its verdict, in sentences of a few phrases: the tokenizer takes their ends out again
+    # each review's phrases and its verdict, in sentences of a few phrases: the tokenizer takes
+    # their ends out again
     praised = (rng.random(n_reviews) < config.verdict_reliability) == (labels == 1)
     verdicts = np.where(
         praised, rng.choice(TRIUMPHS, n_reviews), rng.choice(FAILURES, n_reviews)
@@ -485,8 +501,9 @@ def generate_reviews(config, rng):
     texts = re.sub(
         r"(?m)(^|\. )\w", lambda start: start[0].upper(), "".join(phrases + marks)
     ).splitlines()
-    # Bayes' rule for a reader who gets every opinion right: favourable opinions and the verdict are all that depends
-    # on the label, so no classifier can be right more often, on average, than the sign of these log odds
+    # Bayes' rule for a reader who gets every opinion right: favourable opinions and the verdict are
+    # all that depends on the label, so no classifier can be right more often, on average, than the
+    # sign of these log odds
     for_it = np.bincount(owner[is_opinion & favourable], minlength=n_reviews)[:, None]
     against = np.bincount(owner[is_opinion & ~favourable], minlength=n_reviews)[:, None]
     clarity = np.linspace(*config.clarity, 201)  # uniform prior, integrated on a grid
@@ -500,44 +517,36 @@ def generate_reviews(config, rng):
 # --- corpus ---------------------------------------------------------------------------
 
 
-class Area(NamedTuple):
-    """A part of life in the corpus, with its words in the singular."""
-
-    subjects: list
-    verbs: list
-    objects: list
-
-
-AREAS = {
-    "sea": Area(
-        subjects="sailor captain diver fisher pilot".split(),
-        verbs="steers anchors boards paints".split(),
-        objects="boat ship net harbour sail".split(),
+AREAS = {  # subjects, verbs and objects, in the singular
+    "sea": (
+        "sailor captain diver fisher pilot",
+        "steers anchors boards paints",
+        "boat ship net harbour sail",
     ),
-    "kitchen": Area(
-        subjects="cook baker waiter guest grocer".split(),
-        verbs="tastes stirs serves burns".split(),
-        objects="soup bread sauce cake roast".split(),
+    "kitchen": (
+        "cook baker waiter guest grocer",
+        "tastes stirs serves burns",
+        "soup bread sauce cake roast",
     ),
-    "farm": Area(
-        subjects="farmer shepherd miller gardener groom".split(),
-        verbs="feeds ploughs mows fences".split(),
-        objects="field barn cow orchard meadow".split(),
+    "farm": (
+        "farmer shepherd miller gardener groom",
+        "feeds ploughs mows fences",
+        "field barn cow orchard meadow",
     ),
-    "music": Area(
-        subjects="singer drummer pianist composer dancer".split(),
-        verbs="rehearses hums records plays".split(),
-        objects="song waltz march ballad tune".split(),
+    "music": (
+        "singer drummer pianist composer dancer",
+        "rehearses hums records plays",
+        "song waltz march ballad tune",
     ),
-    "court": Area(
-        subjects="judge lawyer clerk bailiff juror".split(),
-        verbs="signs reads disputes settles".split(),
-        objects="case law letter claim verdict".split(),
+    "court": (
+        "judge lawyer clerk bailiff juror",
+        "signs reads disputes settles",
+        "case law letter claim verdict",
     ),
-    "school": Area(
-        subjects="teacher pupil tutor librarian scholar".split(),
-        verbs="explains recites marks learns".split(),
-        objects="lesson poem map essay riddle".split(),
+    "school": (
+        "teacher pupil tutor librarian scholar",
+        "explains recites marks learns",
+        "lesson poem map essay riddle",
     ),
 }
 PREPOSITIONS = "near behind beside with without".split()
@@ -556,13 +565,14 @@ class Subject(NamedTuple):
 
 
 def corpus_subjects():
-    """The subjects of all areas, in the singular and in the plural."""
+    """The subjects of all areas by noun, in the singular and in the plural."""
     subjects = {}
-    for name, area in AREAS.items():
-        plural_verbs = [verb.removesuffix("s") for verb in area.verbs]
-        for ending, verbs in (("", area.verbs), ("s", plural_verbs)):
-            for rank, noun in enumerate(area.subjects):
-                subjects[noun + ending] = Subject(name, verbs, area.objects, rank)
+    for area, words in AREAS.items():
+        nouns, verbs, objects = (part.split() for part in words)
+        plural_verbs = [verb.removesuffix("s") for verb in verbs]
+        for ending, forms in (("", verbs), ("s", plural_verbs)):
+            for rank, noun in enumerate(nouns):
+                subjects[noun + ending] = Subject(area, forms, objects, rank)
     return subjects
 
 
@@ -580,16 +590,16 @@ def peaked(words, favourite, rate, share=1.0):
 def generate_corpus(config, rng):
     """Sentences of a small grammar in which verb and object depend on a subject some words back.
 
-    "the bakers behind the singer often burn the bread outside ." Subjects belong to six areas. The verb
-    is one of its subject's area, agrees with it in number, and is the subject's favourite
-    `favourite_rate` of the time; the object likewise. Between subject and verb stand up to two phrases,
-    each with a noun of another area, so that verbs come up to seven and objects up to nine words after
-    their cue. Whoever keeps the subject across the intruding nouns predicts verb and object; whoever
-    goes by the last few words, as n-grams must, takes the intruder for the subject.
+    "the bakers behind the singer often burn the bread outside ." Subjects belong to six areas. The
+    verb is one of its subject's area, agrees with it in number, and is the subject's favourite
+    `favourite_rate` of the time; the object likewise. Between subject and verb stand up to two
+    phrases, each with a noun of another area, so that verbs come up to seven and objects up to nine
+    words after their cue. Whoever keeps the subject across the intruding nouns predicts verb and
+    object; whoever goes by the last few words, as n-grams must, takes the intruder for the subject.
 
-    A row per word: `word`; given the full state of the grammar, the `likeliest` word, its `probability`
-    and the `entropy` (nats); and of an object, or of a verb where no phrase could have come instead,
-    `role` and `distance`, the words back to its subject.
+    A row per word: `word`; given the full state of the grammar, the `likeliest` word, its
+    `probability` and the `entropy` (nats); and of an object, or of a verb where no phrase could
+    have come instead, `role` and `distance`, the words back to its subject.
     """
     subjects = corpus_subjects()
     rows = []
@@ -650,12 +660,13 @@ def generate_corpus(config, rng):
 
 
 def generate_series(config, rng):
-    """A sine whose period switches at random among a few, its phase continuous, plus white noise: (N,).
+    """A sine whose period switches at random among a few, its phase continuous, plus white noise:
+    (N,).
 
-    Why the task asks for more than a linear filter: a linear autoregression has one set of weights for all periods
-    and cannot tell which one holds now. The best forecast weighs the periods by how well they explain the window,
-    and that is not linear in the window. The phase moves on a grid of lcm(periods) positions, so that the best
-    forecast can be computed exactly: `best_forecasts`.
+    Why the task asks for more than a linear filter: a linear autoregression has one set of weights
+    for all periods and cannot tell which one holds now. The best forecast weighs the periods by how
+    well they explain the window, and that is not linear in the window. The phase moves on a grid of
+    lcm(periods) positions, so that the best forecast can be computed exactly: `best_forecasts`.
     """
     k, positions = len(config.periods), math.lcm(*config.periods)
     moves = np.where(
@@ -671,10 +682,12 @@ def generate_series(config, rng):
 
 
 def best_forecasts(windows, config):
-    """The mean of the next value given each window (N, T) of a generated series, for whoever knows the generator: (N,).
+    """The mean of the next value given each window (N, T) of a generated series, for whoever knows
+    the generator: (N,).
 
-    The forward filter of a hidden Markov model (Rabiner 1989) over (period, phase), uniform at the window's start.
-    No forecast from the same window has a lower expected squared error (of the absolute one, the median has the least).
+    The forward filter of a hidden Markov model (Rabiner 1989) over (period, phase), uniform at the
+    window's start. No forecast from the same window has a lower expected squared error (of the
+    absolute one, the median has the least).
     """
     k, positions = len(config.periods), math.lcm(*config.periods)
     wave = config.amplitude * np.sin(2 * np.pi * np.arange(positions) / positions)
@@ -732,8 +745,8 @@ def some(values):
 def read_table(text):
     """The cells of a CSV text as strings, header among them, by row of the file; and its separator.
 
-    The separator is the one that the first line holds most of; of a tie the first in `SEPARATORS`, for a
-    comma may belong to a number. Raises InputError.
+    The separator is the one that the first line holds most of; of a tie the first in `SEPARATORS`,
+    for a comma may belong to a number. Raises InputError.
     """
     body = text.lstrip("\r\n")
     first_row = 1 + text[: len(text) - len(body)].count("\n")
@@ -770,7 +783,8 @@ def find_column(header, named, usual, option):
 
 
 def read_reviews(text, text_column="", label_column=""):
-    """The reviews of a CSV text with a column of texts and one of two or more labels; raises InputError.
+    """The reviews of a CSV text with a column of texts and one of two or more labels; raises
+    InputError.
 
     Of two labels the second counts as positive, in alphabetical or numerical order.
     """
@@ -801,7 +815,7 @@ def read_reviews(text, text_column="", label_column=""):
 
 
 def falling_date(times):
-    """The first row at which a column of dates falls; None if it holds none, or rises throughout."""
+    """The first row at which a column of dates falls; None if there is none, or no dates."""
     is_date = times.str.contains(r"\b(?:19|20)\d\d\b|\d[-/.]\d+[-/.]\d")  # a year or a whole date
     falls = []
     for day_first in (False, True):  # 13/02 is what it must be
@@ -813,11 +827,12 @@ def falling_date(times):
 
 
 def read_series(text, column=""):
-    """The values (N,) of a column of a CSV text, and doubts about them in sentences; raises InputError.
+    """The values (N,) of a column of a CSV text, and doubts about them in sentences; raises
+    InputError.
 
-    Without a name it is the only column of which most cells are numbers. The first row is a header if it
-    holds no number, or the column's name and another word; without a header the columns are called 1, 2,
-    3. Where semicolons or tabs separate the columns, the decimal sign may be a comma.
+    Without a name it is the only column of which most cells are numbers. The first row is a header
+    if it holds no number, or the column's name and another word; without a header the columns are
+    called 1, 2, 3. Where semicolons or tabs separate the columns, the decimal sign may be a comma.
     """
     table, separator = read_table(text)
     points = table
@@ -862,8 +877,8 @@ def read_series(text, column=""):
 # ======================================================================================
 
 # What baselines, ceilings and models give: a table with a row per test example, and the columns
-# `answer` (an id, or a value in the unit of the targets), `probability` of the answer if there is one,
-# `loss` and `score`, as the task defines them.
+# `answer` (an id, or a value in the unit of the targets), `probability` of the answer if there is
+# one, `loss` and `score`, as the task defines them.
 Answers = DataFrame
 MAJORITY = "majority class"
 
@@ -891,7 +906,7 @@ def value_answers(forecasts, test):
 
 
 def review_baselines(train, test, vocab_size):
-    """The majority class, and multinomial naive Bayes (Manning, Raghavan & Schuetze 2008, ch. 13)."""
+    """The majority class; multinomial naive Bayes (Manning, Raghavan & Schuetze 2008, ch. 13)."""
     ids = train.inputs.cpu().numpy()
     labels = train.targets[:, 0].long().cpu().numpy()
     truth = test.targets[:, 0].long().cpu().numpy()
@@ -909,10 +924,11 @@ def review_baselines(train, test, vocab_size):
 
 
 class NGram:
-    """Interpolated n-gram model that backs off by Witten-Bell smoothing (Chen & Goodman 1999, eq. 15).
+    """Interpolated n-gram model that backs off by Witten-Bell smoothing (Chen & Goodman 1999, eq.
+    15).
 
-    Contexts are tuples of the last n words, n below `order`. Only the `contexts` that will be asked about
-    and the shorter ones in them are counted: all those of a long text would fill the memory.
+    Contexts are tuples of the last n words, n below `order`. Only the `contexts` that will be asked
+    about and the shorter ones in them are counted: all those of a long text would fill the memory.
     """
 
     def __init__(self, ids, order, vocab_size, contexts):
@@ -965,11 +981,12 @@ def corpus_baselines(train, test, vocab_size):
 
 
 def season_of(windows):
-    """The first lag within the window at which the autocorrelation has a high peak; None without any.
+    """The first lag within the window at which the autocorrelation has a high peak; None without
+    any.
 
-    Values count from their window's mean, so that a trend hides no season. A peak is higher than both
-    neighbours and rises by 0.2 above what came before: a smooth or a random series has none. High:
-    within 0.05 of the highest.
+    Values count from their window's mean, so that a trend hides no season. A peak is higher than
+    both neighbours and rises by 0.2 above what came before: a smooth or a random series has none.
+    High: within 0.05 of the highest.
     """
     rows = windows.inputs[:, :, 0].cpu().numpy()
     means = rows.mean(axis=1)
@@ -995,7 +1012,8 @@ def series_baselines(train, test):
     season = season_of(train)
     if season:
         forecasts["seasonal naive"] = windows[:, -season]
-    # in torch, on one thread: NumPy's last digits depend on the number of threads; gelsd takes any rank
+    # in torch, on one thread: NumPy's last digits depend on the number of threads; gelsd takes any
+    # rank
     step = math.ceil(len(train) / MOST_WINDOWS)
     design = F.pad(train.inputs[:, :, 0].cpu()[::step].double(), (0, 1), value=1.0)  # (N, T + 1)
     targets = train.targets.cpu()[::step].double()
@@ -1037,7 +1055,7 @@ class Recurrent(nn.Module):
                     gates[place].fill_(sign * keep_bias)
 
     def forward(self, inputs, last=None):
-        """`last` (B,): index of each sequence's last real step; without it, the last step of all."""
+        """`last` (B,): index of each sequence's last real step; without it, the last of all."""
         states, _ = self.rnn(inputs)  # (B, T, F) -> (B, T, H)
         if last is None:
             return states[:, -1]  # (B, H)
@@ -1060,6 +1078,11 @@ class SequenceModel(nn.Module):
                 raise InputError("a window or max_words that is not 1 or more")
         self.predict(self.sample)
 
+    @property
+    def device(self):
+        """The device that the weights are on."""
+        return next(self.parameters()).device
+
     @cached_property
     def vocabulary(self):
         """The words that a text model knows, with their ids."""
@@ -1073,23 +1096,25 @@ class SequenceModel(nn.Module):
 
 
 def new_embedding(vocab_size, embed_dim, padding_idx=None):
-    """`nn.Embedding`, with the same weights as its own start: on the meta device that one is slow."""
+    """`nn.Embedding` that starts with the same weights, for its own way is slow on "meta"."""
     weight = torch.randn(vocab_size, embed_dim)
     return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=padding_idx)
 
 
 def label_probabilities(output):
-    """The probability of each label: a classifier's (B, 1), that of the second of two, or (B, K)."""
+    """The probability of each label, from an output (B, 1), of the second of two, or (B, K)."""
     if output.shape[1] > 1:
         return output
     return torch.cat([1 - output, output], dim=1)
 
 
 class Classifier(SequenceModel):
-    """Embedding -> recurrent layer -> dropout -> dense -> sigmoid, or softmax if `output_dim` is above 1.
+    """Embedding -> recurrent layer -> dropout -> dense -> sigmoid, or softmax if `output_dim` is
+    above 1.
 
-    Ids (B, T) long, padded on the right with 0 -> probabilities (B, output_dim), read after the last real
-    word. One output is the probability of the second of two labels; of more labels each has its own.
+    Ids (B, T) long, padded on the right with 0 -> probabilities (B, output_dim), read after the
+    last real word. One output is the probability of the second of two labels; of more labels each
+    has its own.
     """
 
     def __init__(self, vocab_size, embed_dim, hidden_dim, output_dim, n_layers=1, dropout=0.2):
@@ -1109,7 +1134,7 @@ class Classifier(SequenceModel):
     def forward(self, ids):
         # padding comes after the last word, so its states are never read
         places = torch.arange(ids.shape[1], device=ids.device)
-        last = ((ids != 0) * places).amax(dim=1)  # (B, T) -> (B,)
+        last = torch.where(ids != 0, places, 0).amax(dim=1)  # (B, T) -> (B,)
         state = self.recurrent(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, H)
         return self.head(self.dropout(state))  # (B, H) -> (B, output_dim)
 
@@ -1124,8 +1149,8 @@ class Classifier(SequenceModel):
     def predict(self, texts):
         """The likeliest label of each text and its probability; without any word, None and nan.
 
-        Words that training did not know count as one and the same unknown word. Of a text longer than the
-        reviews of training the last `max_words` words are read, as in training.
+        Words that training did not know count as one and the same unknown word. Of a text longer
+        than the reviews of training the last `max_words` words are read, as in training.
         """
         self.eval()
         if isinstance(texts, str):
@@ -1135,7 +1160,7 @@ class Classifier(SequenceModel):
         predictions = [(None, math.nan)] * len(reviews)
         rows = [i for i in np.argsort([len(review) for review in reviews]) if reviews[i]]
         for batch in (rows[start : start + 256] for start in range(0, len(rows), 256)):
-            ids = ReviewDataset([reviews[i] for i in batch], [0] * len(batch)).inputs
+            ids = ReviewDataset([reviews[i] for i in batch], [0] * len(batch), self.device).inputs
             probabilities = label_probabilities(self(ids))  # (B, K)
             for i, of_labels in zip(batch, probabilities.tolist()):
                 pairs = zip(self.preprocessing["labels"], of_labels, strict=True)
@@ -1159,11 +1184,13 @@ class Predictor(SequenceModel):
 
     @torch.no_grad()
     def next_logits(self, words):
-        """Logits (V,) of the word after the last `window` of `words`; without any, of a sentence's first."""
+        """Logits (V,) of the word after the last `window` of `words`; without any, of a sentence's
+        first.
+        """
         self.eval()
         window = self.preprocessing["window"]
         ids = encode(words[-window:] or ["."], self.vocabulary)
-        logits = self(torch.tensor([ids]))[0]
+        logits = self(torch.tensor([ids], device=self.device))[0].cpu()
         logits[:2] = -math.inf  # <pad> and <unk> are no words
         return logits
 
@@ -1176,7 +1203,9 @@ class Predictor(SequenceModel):
         return [(words[i], probability) for i, probability in pairs]
 
     def continue_text(self, text, length=20, temperature=1.0, seed=42):
-        """The next `length` words, drawn from the model's probabilities to the power 1 / `temperature`."""
+        """The next `length` words, drawn from the model's probabilities to the power 1 /
+        `temperature`.
+        """
         known = list(self.vocabulary)
         given = tokenize(text, WORDS_AND_ENDS)
         drawn = []
@@ -1192,8 +1221,8 @@ class Predictor(SequenceModel):
 class Forecaster(SequenceModel):
     """Recurrent layers -> dropout -> dense -> ReLU -> dense: (B, T, input_dim) -> (B, output_dim).
 
-    The inputs are scaled windows without their means; the output counts from the window's last value.
-    `roll_forward` takes scaled windows, `predict` a series as it is.
+    The inputs are scaled windows without their means; the output counts from the window's last
+    value. `roll_forward` takes scaled windows, `predict` a series as it is.
     """
 
     sample = (0.0, 0.0)
@@ -1229,11 +1258,12 @@ class Forecaster(SequenceModel):
         return torch.cat(forecasts, dim=1)
 
     def predict(self, values, length=1):
-        """The next `length` values of a series (N,), in its own units; each is fed back for the next.
+        """The next `length` values of a series (N,), in its own units; each is fed back for the
+        next.
 
-        Of the series the last `window` values are read; a shorter one is read whole, which is less than
-        the model was trained on. Raises InputError if there is no value, or one or a forecast that is not
-        finite.
+        Of the series the last `window` values are read; a shorter one is read whole, which is less
+        than the model was trained on. Raises InputError if there is no value, or one or a forecast
+        that is not finite.
         """
         with suppress(TypeError, ValueError, OverflowError):
             values = np.array(values, dtype=float)
@@ -1243,7 +1273,7 @@ class Forecaster(SequenceModel):
         scaler = self.preprocessing["scaler"]
         scaled = (values[-self.preprocessing["window"] :] - scaler["mean"]) / scaler["std"]
         window = torch.as_tensor(scaled, dtype=torch.float32)[None, :, None]  # (1, T, 1)
-        forecasts = self.roll_forward(window, length)[0].double().numpy()
+        forecasts = self.roll_forward(window.to(self.device), length)[0].cpu().double().numpy()
         if not np.isfinite(forecasts).all():
             raise InputError(
                 "a forecast is not finite: the values lie too far from those of training"
@@ -1258,7 +1288,7 @@ class RNNClassifier(Classifier):
 
 
 class LSTMClassifier(Classifier):
-    """Text classifier on long short-term memory (Hochreiter & Schmidhuber 1997, Gers et al. 2000)."""
+    """Text classifier on an LSTM (Hochreiter & Schmidhuber 1997, Gers et al. 2000)."""
 
     cell = CELLS["LSTM"]
 
@@ -1276,7 +1306,9 @@ class RNNPredictor(Predictor):
 
 
 class LSTMPredictor(Predictor):
-    """Next-word predictor on long short-term memory (Hochreiter & Schmidhuber 1997, Gers et al. 2000)."""
+    """Next-word predictor on long short-term memory (Hochreiter & Schmidhuber 1997, Gers et al.
+    2000).
+    """
 
     cell = CELLS["LSTM"]
 
@@ -1309,7 +1341,7 @@ class GRUForecaster(Forecaster):
 
 
 def checkpoint_bytes(model, arguments):
-    """A trained model and its constructor arguments as a file: tensors, numbers and text, no code."""
+    """A trained model and its constructor arguments as a file: tensors, numbers, text, no code."""
     checkpoint = {
         "class": type(model).__name__,
         "arguments": dict(arguments),
@@ -1329,7 +1361,7 @@ def load_checkpoint(path):
     """
     if not os.path.isfile(path):  # noqa: PTH113 (Path's raises if a name is too long)
         raise InputError(
-            f"{path}: no such file; trained models are in the folder 'models' of an output directory"
+            f"{path}: no such file; trained models are in the folder 'models' of an output folder"
         )
     try:
         return restore(torch.load(path, map_location="cpu", weights_only=True))
@@ -1388,7 +1420,7 @@ def count_parameters(model):
 
 @torch.no_grad()
 def describe_layers(model, inputs):
-    """The layers in the order in which `inputs` pass them: kind, settings, output shape without B."""
+    """The layers in the order in which `inputs` pass them: kind, settings, shape without B."""
     layers = []
 
     def describe(module, _inputs, output):
@@ -1710,7 +1742,9 @@ class Task:
 def label_loss(output, target):
     """Cross-entropy of a classifier's output (B, 1) or (B, K) with labels (B, 1): (B,)."""
     if output.shape[1] == 1:
-        return F.binary_cross_entropy(output, target, reduction="none")[:, 0]
+        # at the nan of a model that diverges CUDA would end the process: it is put in afterwards
+        loss = F.binary_cross_entropy(output.nan_to_num(nan=0.5), target, reduction="none")
+        return loss.masked_fill(output.isnan(), math.nan)[:, 0]
     log_probabilities = output.clamp_min(1e-30).log()
     return F.nll_loss(log_probabilities, target[:, 0].long(), reduction="none")
 
@@ -1843,12 +1877,36 @@ def epochs_since_best(losses):
 
 def prepare_device(device):
     """Settings of this process under which a run gives the same numbers every time."""
-    torch.set_num_threads(
-        1
-    )  # the layers are too small to share out; several runs use the cores better
-    if device.type == "cuda":  # without these, cuBLAS and atomic additions make every run differ
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # the layers are too small to share out; several runs use the cores better
+    torch.set_num_threads(1)
+    if device.type == "cuda":
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # 38 kernels a step for nothing
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"  # as the linear layers: no TF32
+
+
+@contextmanager
+def settings_restored():
+    """Put back, at the end of the block, what `prepare_device` has changed in this process."""
+    threads = torch.get_num_threads()
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    precision = torch.backends.cudnn.rnn.fp32_precision
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(is_deterministic)
+        torch.backends.cudnn.rnn.fp32_precision = precision
+
+
+def is_usable(device):
+    """Whether the device is there and can do a small recurrent step: it may be too old, or full."""
+    try:
+        layer = nn.LSTM(2, 2).to(device)
+        layer(torch.ones(1, 1, 2, device=device))[0].sum().backward()
+    except (RuntimeError, AssertionError):  # torch's own error where it was built without CUDA
+        return False
+    return True
 
 
 def new_optimizer(model, training, learning_rate):
@@ -1859,7 +1917,9 @@ def new_optimizer(model, training, learning_rate):
 
 
 def train_step(model, task, optimizer, batch, training):
-    """One update, in micro-batches; returns mean loss, mean score, gradient norm before clipping: (3,)."""
+    """One update, in micro-batches; returns mean loss, mean score, gradient norm before clipping:
+    (3,).
+    """
     optimizer.zero_grad(set_to_none=True)
     losses = []
     scores = []
@@ -1890,10 +1950,12 @@ def train_epoch(model, task, optimizer, loader, training):
 
 
 @torch.no_grad()
-def evaluate(model, task, dataset, answers={}, batch_size=512):
-    """Loss and score of each example of `dataset`, in its order, and the `answers` of a task: (N,) each."""
+def evaluate(model, task, dataset, answers=None, batch_size=512):
+    """Loss and score of each example of `dataset`, in its order, and the `answers` of a task: (N,)
+    each.
+    """
     model.eval()
-    measures = {"loss": task.loss, "score": task.score, **answers}
+    measures = {"loss": task.loss, "score": task.score, **(answers or {})}
     order = dataset.lengths.argsort(stable=True)  # batches of similar length: little padding
     parts = {name: [] for name in measures}
     for rows in order.split(batch_size):
@@ -1908,10 +1970,10 @@ def evaluate(model, task, dataset, answers={}, batch_size=512):
 def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: None):
     """Train until the validation loss stops falling; leaves the best epoch's weights in `model`.
 
-    Model and data must be on the same device. Returns the history, a row per epoch, which `on_epoch` is
-    called with as well: `epoch`, `learning_rate`, `gradient_norm` (mean, before clipping), `seconds`, and
-    under `train` and `validation` the loss and the task's metrics; those of training are running means,
-    with dropout on. Raises Diverged when a loss is not finite.
+    Model and data must be on the same device. Returns the history, a row per epoch, which
+    `on_epoch` is called with as well: `epoch`, `learning_rate`, `gradient_norm` (mean, before
+    clipping), `seconds`, and under `train` and `validation` the loss and the task's metrics; those
+    of training are running means, with dropout on. Raises Diverged when a loss is not finite.
     """
     seed_torch(seed, "dropout")
     optimizer = new_optimizer(model, training, learning_rate)
@@ -1933,8 +1995,8 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
         losses.append(validation["loss"])
         if not math.isfinite(loss + losses[-1]):
             raise Diverged(
-                f"{type(model).__name__} ({task.name}), seed {seed}: the loss is not finite in epoch "
-                f"{epoch}; try a learning rate below {rate:g} or a clip norm below "
+                f"{type(model).__name__} ({task.name}), seed {seed}: the loss is not finite in "
+                f"epoch {epoch}; try a learning rate below {rate:g} or a clip norm below "
                 f"{training.clip_norm:g}"
             )
         row = {
@@ -1977,7 +2039,9 @@ def activation_bytes(model, task, batch):
 
 
 def kernel_name(model, inputs):
-    """Which implementation of the recurrent layer runs: cuDNN, oneDNN, or PyTorch's generic one."""
+    """Which implementation of the recurrent layer runs: that of a library, or PyTorch's generic
+    one.
+    """
     names = (
         set()
     )  # of the nodes of the backward graph, which are called after the operators that ran
@@ -1986,7 +2050,8 @@ def kernel_name(model, inputs):
         node = waiting.pop()
         names.add(node.name())
         waiting.update(parent for parent, _ in node.next_functions if parent)
-    for kernel, operator in (("cuDNN", "CudnnRnn"), ("oneDNN", "MkldnnRnn")):
+    kernels = {"CudnnRnn": "cuDNN", "MkldnnRnn": "oneDNN", "Miopen": "MIOpen", "Mps": "MPS"}
+    for operator, kernel in kernels.items():
         if any(operator in name for name in names):
             return kernel
     return "generic"
@@ -1995,9 +2060,9 @@ def kernel_name(model, inputs):
 def measure_costs(task, models, training, data, steps=2, rounds=2):
     """What a training step of each model costs, by its name.
 
-    The models take turns on the same `steps` full batches, from short to long examples: once to warm up,
-    then `rounds` times, of which the median counts. Activations are those of a full batch of the longest
-    examples that may occur.
+    The models take turns on the same `steps` full batches, from short to long examples: once to
+    warm up, then `rounds` times, of which the median counts. Activations are those of a full batch
+    of the longest examples that may occur.
     """
     lengths = data.train.lengths
     size = min(training.batch_size, len(data.train))
@@ -2028,7 +2093,9 @@ def measure_costs(task, models, training, data, steps=2, rounds=2):
 
 
 def gradient_by_step(model, task, data, n=64):
-    """Norm of the loss's gradient at the embedded input, by steps back from the end: `n` longest reviews."""
+    """Norm of the loss's gradient at the embedded input, by steps back from the end: `n` longest
+    reviews.
+    """
     rows = data.test.lengths.topk(min(n, len(data.test))).indices
     inputs, targets = data.test.batch(rows)
     lengths = data.test.lengths[rows]
@@ -2045,10 +2112,11 @@ def gradient_by_step(model, task, data, n=64):
 
 
 def forecasts(model, data, shown=120, horizon=120, stride=10):
-    """Forecasts against the truth, in series units: of the first `shown` test windows, and free-running.
+    """Forecasts against the truth, in series units: of the first `shown` test windows, and
+    free-running.
 
-    The latter `horizon` steps from every `stride`-th window: the first of them, and the mean squared
-    error by horizon.
+    The latter `horizon` steps from every `stride`-th window: the first of them, and the mean
+    squared error by horizon.
     """
     horizon = min(horizon, max(len(data.test) // 2, 1))
     windows = data.test.inputs[: len(data.test) - horizon + 1 : stride]  # (O, T, 1)
@@ -2072,7 +2140,8 @@ def forecasts(model, data, shown=120, horizon=120, stride=10):
     }
 
 
-EVIDENCE = {  # task: (task, trained model, untrained model, data) -> what a record holds beside answers
+# task: (task, trained model, untrained model, data) -> what a record holds beside answers
+EVIDENCE = {
     CLASSIFIER.name: lambda task, trained, untrained, data: {
         "gradient": gradient_by_step(trained, task, data),
         "initial_gradient": gradient_by_step(untrained, task, data),
@@ -2084,7 +2153,7 @@ EVIDENCE = {  # task: (task, trained model, untrained model, data) -> what a rec
 # ======================================================================================
 # Experiment
 # ======================================================================================
-# From here on `run` is a Run, `experiment` an Experiment, `folder` its Path of the output directory.
+# From here on `run` is a Run, `experiment` an Experiment, `folder` the Path of the output folder.
 
 BASELINES = "baselines"  # stands for a model where there is nothing to train
 # exit status of a child that would begin everything again: the user's script has no guard
@@ -2159,7 +2228,10 @@ def load_data(task, config, seed, device):
 
 
 def write_whole(path, content):
-    """Write a file so that it is whole or absent, whatever happens: temporary name, flush, rename."""
+    """Write text or bytes so that the file is whole or absent: temporary name, flush, rename.
+
+    Raises OSError.
+    """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
@@ -2209,18 +2281,16 @@ def train_and_test(run, experiment, data, on_epoch):
 
     # the best validation weights are back: nothing is chosen by the test part, which is opened now
     answers = evaluate(model, task, data.test, task.answers)
-    untrained = experiment.build_model(run, data)
-    evidence = EVIDENCE[run.task](task, model, untrained, data)
-
     model.preprocessing = data.preprocessing
     model.metrics = task.measure(answers["loss"], answers["score"], data.unit)
     content = checkpoint_bytes(model, model_arguments(run.model, config, data))
     write_whole(run.model_path(experiment.folder), content)
+    untrained = experiment.build_model(run, data)
     longest, _ = data.train.batch(data.train.lengths.topk(2).indices)
     return {
         "history": history,
         "answers": {run.model: data.spelled("model", answers)},
-        "evidence": evidence,
+        "evidence": EVIDENCE[run.task](task, model, untrained, data),
         "checkpoint": hashlib.sha256(content).hexdigest(),
         "parts": count_parameters(model),
         "layers": describe_layers(model, longest),
@@ -2229,7 +2299,10 @@ def train_and_test(run, experiment, data, on_epoch):
 
 
 def complete_run(run, experiment, on_epoch):
-    """Do a run; its record, from which tables and figures are made, is written last. RuntimeError."""
+    """Do a run; its record, from which tables and figures are made, is written last.
+
+    Raises what training raises, InputError and OSError.
+    """
     device = experiment.device
     prepare_device(device)
     data = experiment.load_data(run.task, run.seed)
@@ -2251,6 +2324,9 @@ def complete_run(run, experiment, on_epoch):
             "numpy": np.__version__,
             "system": f"{platform.system()} {platform.machine()}",
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "cuda": torch.version.cuda,  # on a machine without one PyTorch has None
+            "cudnn": torch.backends.cudnn.version(),
+            "precision": torch.backends.cudnn.rnn.fp32_precision,
             "threads": torch.get_num_threads(),
         },
         **content,
@@ -2349,7 +2425,10 @@ def attempt_all(runs, experiment, workers, on_epoch):
 
 
 def complete_runs(runs, experiment):
-    """Do what is not finished of `runs`, and show how far it is; returns the errors by failed run."""
+    """Do the `runs`, when resuming what is not finished of them, and show how far it is.
+
+    Returns the errors of those that failed, by run; raises any other error.
+    """
     if experiment.resume:
         runs = unfinished(runs, experiment.folder)
     if not runs:
@@ -2362,7 +2441,7 @@ def complete_runs(runs, experiment):
         per_epoch[run] = cost["seconds_per_epoch"]
         left[run] = per_epoch[run] * experiment.config[run.task].training.epochs
     # of each task and seed the baselines first, which hold the test examples, then the longest run
-    tasks = list(TASKS)
+    tasks = experiment.tasks
     runs = sorted(runs, key=lambda r: (tasks.index(r.task), r.seed, r.model != BASELINES, -left[r]))
     total = sum(left.values())
     print(
@@ -2385,11 +2464,12 @@ def complete_runs(runs, experiment):
 
     def on_epoch(run, row):  # called in many threads, for a run always in the same one
         left[run] -= per_epoch[run]
-        names = ("loss", TASKS[run.task].metrics[0].name)
-        values = [
-            f"{name} {row['train'][name]:.4g}/{row['validation'][name]:.4g}" for name in names
-        ]
-        show_progress(f"{run}  epoch {row['epoch']:2d}  train/val {', '.join(values)}")
+        metric = TASKS[run.task].metrics[0].name
+        show_progress(
+            f"{run}  epoch {row['epoch']:2d}  train/val "
+            f"loss {row['train']['loss']:.4g}/{row['validation']['loss']:.4g}, "
+            f"{metric} {row['train'][metric]:.4g}/{row['validation'][metric]:.4g}"
+        )
 
     failures = {}
     ended = attempt_all(runs, experiment, workers, on_epoch)
@@ -2475,7 +2555,8 @@ def read_config(folder):
 def make_folder(folder, tasks, config):
     """The output directory of a configuration.
 
-    Raises OSError if files cannot be written to it, and InputError if it holds another configuration.
+    Raises OSError if files cannot be written to it, and InputError if it holds another
+    configuration.
     """
     try:
         for name in ("runs/tuning", "models", "predictions"):
@@ -2489,27 +2570,24 @@ def make_folder(folder, tasks, config):
     if not (folder / "config.json").exists():
         write_whole(folder / "config.json", json.dumps(asked, indent=1))
     there = read_config(folder)
-    for name, key in ((name, key) for name in tasks for key in asked[name]):
-        if there[name].get(key) != asked[name][key]:
-            raise InputError(
-                f"{folder} holds another configuration ({name}: {key} {there[name].get(key)}, not "
-                f"{asked[name][key]}); choose another --output-dir"
-            )
+    for name in tasks:
+        for key, value in asked[name].items():
+            if there[name].get(key) != value:
+                raise InputError(
+                    f"{folder} holds another configuration ({name}: {key} "
+                    f"{there[name].get(key)}, not {value}); choose another --output-dir"
+                )
 
 
 # --- the choice of learning rates -----------------------------------------------------
 
 
 def best_of(history):
-    """How many epochs there were, the one whose weights were kept, and its validation loss."""
+    """Number of epochs, the one whose weights were kept, its validation loss; of none 0, 0, inf."""
     losses = [math.inf]  # before the first epoch
     losses.extend(epoch["validation"]["loss"] for epoch in history)
-    val_loss = min(losses)
-    return {
-        "val_loss": val_loss,
-        "best_epoch": losses.index(val_loss),
-        "epochs": len(history),
-    }
+    best_epoch = losses.index(min(losses))
+    return {"epochs": len(history), "best_epoch": best_epoch, "val_loss": losses[best_epoch]}
 
 
 def tuning_table(runs, folder):
@@ -2530,10 +2608,10 @@ def tuning_table(runs, folder):
 
 
 def tune_rates(experiment, grid):
-    """Each model's learning rate, by (task, model), and the table of the runs that it was chosen from.
+    """Each model's learning rate, by (task, model), and the table of the runs that it comes from.
 
     All models try one grid; a rate at its edge is followed one step outwards. A model gets no rate
-    if a run failed other than by divergence, for that rate may be the best, or if all rates diverged.
+    if a run failed other than by divergence, for its rate may be the best, or if all diverged.
     """
     outwards = {
         grid[0]: RATES[RATES.index(grid[0]) - 1],
@@ -2543,9 +2621,10 @@ def tune_rates(experiment, grid):
     runs = []
     incomplete = set()
     while untried:
-        new = []
-        for (task, model, rate), seed in product(untried, experiment.seeds):
-            new.append(Run(task, model, seed, rate, is_tuning=True))
+        new = [
+            Run(task, model, seed, rate, is_tuning=True)
+            for (task, model, rate), seed in product(untried, experiment.seeds)
+        ]
         for run, error in complete_runs(new, experiment).items():
             if not isinstance(error, Diverged):
                 incomplete.add((run.task, run.model))
@@ -2564,17 +2643,30 @@ def tune_rates(experiment, grid):
 
 CSV_METRICS = ["loss", "accuracy", "mse", "mae"]
 SIZES = ["parameters", "recurrent_parameters"]
-RUN_COLUMNS = ["task", "model", "seed", "learning_rate", *SIZES, "epochs", "best_epoch", "seconds"]
-RUN_COLUMNS += ["val_loss", "test_loss", "test_accuracy", "test_mse", "test_mae"]
+RUN_COLUMNS = [
+    "task",
+    "model",
+    "seed",
+    "learning_rate",
+    *SIZES,
+    "epochs",
+    "best_epoch",
+    "seconds",
+    "val_loss",
+    "test_loss",
+    "test_accuracy",
+    "test_mse",
+    "test_mae",
+]
 COST_COLUMNS = ["ms_per_step", "samples_per_second", "activation_bytes", "kernel"]
 EXAMPLE_COLUMNS = ["truth", "text", "step", "ending", "role", "distance"]
 
 
 def examples_table(records):
-    """A row per test example and per model, baseline or ceiling: every score is a view of this table.
+    """A row per test example and per model, baseline or ceiling; every score is a view of it.
 
-    Columns: task, seed, name, kind, example, its answer, probability, loss and score; `unit`, one unit
-    of the targets; and of the example what `EXAMPLE_COLUMNS` names, as far as it is known.
+    Columns: task, seed, name, kind, example, its answer, probability, loss and score; `unit`, one
+    unit of the targets; and of the example what `EXAMPLE_COLUMNS` names, as far as it is known.
     """
     known = {(r["task"], r["seed"]): r["examples"] for r in records if "examples" in r}
     parts = []
@@ -2593,9 +2685,8 @@ def score_table(examples):
     key = ["task", "name", "kind", "seed"]
     rows = []
     for (*group, unit), answers in examples.groupby([*key, "unit"], sort=False):
-        columns = (
-            answers[["loss", "score"]].to_numpy().T.copy()
-        )  # NumPy's sum depends on the layout
+        # contiguous, for a mean of float32 depends on the order in which NumPy adds
+        columns = answers[["loss", "score"]].to_numpy().T.copy()
         for metric, value in TASKS[group[0]].measure(*columns, unit).items():
             rows.append((*group, metric, value))
     return DataFrame(rows, columns=[*key, "metric", "value"])
@@ -2604,8 +2695,8 @@ def score_table(examples):
 def run_table(records, scores, config):
     """A row per trained model: its record, and what is counted from it.
 
-    Losses are those that training minimised: of scaled values in the forecaster. `capped`: training was
-    ended by the cap on epochs.
+    Losses are those that training minimised: of scaled values in the forecaster. `capped`: training
+    was ended by the cap on epochs.
     """
     tested = scores.pivot_table("value", ["task", "name", "seed"], "metric")
     rows = []
@@ -2636,8 +2727,7 @@ def history_table(runs):
         for row, split in product(run.history, ("train", "validation")):
             for metric, value in row[split].items():
                 rows.append((run.task, run.model, run.seed, row["epoch"], split, metric, value))
-    columns = ["task", "model", "seed", "epoch", "split", "metric", "value"]
-    return DataFrame(rows, columns=columns)
+    return DataFrame(rows, columns=["task", "model", "seed", "epoch", "split", "metric", "value"])
 
 
 def summarise(scores):
@@ -2667,7 +2757,7 @@ def label_scores(examples, labels):
     for model, answers in examples.groupby("name", sort=False):
         counts = confusion(answers, labels)
         tested = counts.sum(axis=1).replace(0, math.nan)  # of a label never tested nothing is known
-        right = Series(np.diag(counts), labels)
+        right = np.diag(counts)
         part = DataFrame(
             {
                 "precision": right / counts.sum().clip(lower=1),
@@ -2684,22 +2774,19 @@ def label_scores(examples, labels):
 
 
 def student_t(degrees, level=0.95):
-    """The two-sided critical value of Student's t distribution.
-
-    From its density by the trapezoidal rule.
-    """
+    """The two-sided critical value of Student's t, from its density by the trapezoidal rule."""
     t = np.linspace(0, 14, 140_001)
     log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
     log_scale -= math.log(degrees * math.pi) / 2
     density = np.exp(log_scale - (degrees + 1) / 2 * np.log1p(t**2 / degrees))
-    mass = np.cumsum((density[1:] + density[:-1]) * 1e-4 / 2)  # from 0 on: half of it
+    mass = torch.cumulative_trapezoid(torch.tensor(density), dx=1e-4)  # from 0 on: half of it
     return float(np.interp(level / 2, mass, t[1:]))
 
 
 def paired_interval(differences):
     """Mean of the differences by seed and the ends of its 95 % interval; of one seed nan."""
-    mean = differences.mean()
     n = len(differences)
+    mean = differences.mean()
     half = student_t(max(n - 1, 1)) * differences.std() / math.sqrt(n)
     return mean, mean - half, mean + half
 
@@ -2714,60 +2801,63 @@ def verdict(metric, a, b, mean, low, high):
         scale = 1
         unit = f" in {metric.label.partition(' (')[0]}"
         places = decimals(mean, 2) if math.isnan(low) else decimals((high - low) / 2)
-    better, worse = (a, b) if (mean > 0) == metric.higher_is_better else (b, a)
-    words = f"{better} better than {worse} by {scale * abs(mean):.{places}f}{unit}"
-    ends = sorted([abs(low), abs(high)])
     if mean == 0 or low <= 0 <= high:
         words = f"{a} and {b}: no clear difference, {scale * mean:z.{places}f}{unit}"
-        ends = [low, high]
+    else:
+        better, worse = (a, b) if (mean > 0) == metric.higher_is_better else (b, a)
+        words = f"{better} better than {worse} by {scale * abs(mean):.{places}f}{unit}"
+        low, high = sorted([abs(low), abs(high)])
     if math.isnan(low):
         return f"{words} on one seed"
-    return f"{words} [{scale * ends[0]:z.{places}f}, {scale * ends[1]:z.{places}f}]"
+    return f"{words} [{scale * low:z.{places}f}, {scale * high:z.{places}f}]"
 
 
 def compare(scores):
     """Paired differences of each two models, and of each with the best baseline, in every metric.
 
-    Data, weights and order of the batches are drawn anew with each seed, so the interval says how far
-    another choice of seeds would move the difference.
+    Data, weights and order of the batches are drawn anew with each seed, so the interval says how
+    far another choice of seeds would move the difference.
     """
     rows = []
-    for (task, name), cells in scores.groupby(["task", "metric"], sort=False):
-        metric = next(metric for metric in TASKS[task].metrics if metric.name == name)
-        values = cells.pivot_table("value", "seed", "name")
-        models = cells.query("kind == 'model'")["name"].unique()
-        baselines = values[cells.query("kind == 'baseline'")["name"].unique()].mean()
-        ranked = baselines.sort_values(ascending=not metric.higher_is_better, kind="stable")
-        for a, b in [*combinations(models, 2), *product(models, ranked.index[:1])]:
-            differences = (values[a] - values[b]).dropna()
-            if len(differences):
-                found = paired_interval(differences)
-                rows.append((task, name, a, b, *found, verdict(metric, a, b, *found)))
-    columns = ["task", "metric", "a", "b", "difference", "low", "high", "verdict"]
-    return DataFrame(rows, columns=columns)
+    for task in TASKS.values():
+        for metric in task.metrics:
+            cells = scores.query(f"task == '{task.name}' and metric == '{metric.name}'")
+            values = cells.pivot_table("value", "seed", "name")
+            models = cells.query("kind == 'model'")["name"].unique()
+            baselines = values[cells.query("kind == 'baseline'")["name"].unique()].mean()
+            ranked = baselines.sort_values(ascending=not metric.higher_is_better, kind="stable")
+            for a, b in [*combinations(models, 2), *product(models, ranked.index[:1])]:
+                differences = (values[a] - values[b]).dropna()
+                if len(differences):
+                    found = paired_interval(differences)
+                    words = verdict(metric, a, b, *found)
+                    rows.append((task.name, metric.name, a, b, *found, words))
+    return DataFrame(
+        rows, columns=["task", "metric", "a", "b", "difference", "low", "high", "verdict"]
+    )
 
 
 # --- for people -----------------------------------------------------------------------
 
 INTRODUCTION = """# RNN, LSTM and GRU: results
 
-The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws its own
-data, or the splits of a user's reviews; a user's text or series is always cut at the same places. Test
-results are means ± standard deviations over the seeds. A ceiling is the best that is possible on
-generated data. Brackets hold 95 % intervals of the paired difference over seeds (Student's t), where
-none is better the first minus the second. Seconds are those of a run's training, with other runs
-beside it."""
-COSTS_NOTE = """Median time of a step, the models taking turns on the same batches if one command trained
-them; activations: what the forward pass on a full batch of the longest possible examples keeps for the
-backward pass. The kernel is the implementation of the recurrent layer that ran: times compare kernels
-as much as cells."""
+The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws
+its own data, or the splits of a user's reviews; a user's text or series is always cut at the same
+places. Test results are means ± standard deviations over the seeds. A ceiling is the best that is
+possible on generated data. Brackets hold 95 % intervals of the paired difference over seeds
+(Student's t), where none is better the first minus the second. Seconds are those of a run's
+training, with other runs beside it."""
+COSTS_NOTE = """Median time of a step, the models taking turns on the same batches if one command
+trained them; activations: what the forward pass on a full batch of the longest possible examples
+keeps for the backward pass. The kernel is the implementation of the recurrent layer that ran:
+times compare kernels as much as cells."""
 
 
 def decimals(value, digits=0):
     """The decimal places that so many digits of a value need.
 
-    Without `digits`, those that a spread deserves: two if it begins with 1 to 3.54, else one (Particle Data
-    Group 2024, section 5.3).
+    Without `digits`, those that a spread deserves: two if it begins with 1 to 3.54, else one
+    (Particle Data Group 2024, section 5.3).
     """
     if not value or not math.isfinite(value):
         return 0
@@ -2777,7 +2867,7 @@ def decimals(value, digits=0):
 
 
 def show(mean, std=math.nan, is_share=False):
-    """'0.039 ± 0.005', '76.1 % ± 1.2', '110': a number with as many digits as its spread supports."""
+    """'0.039 ± 0.005', '76.1 % ± 1.2', '110': a number with the digits that its spread supports."""
     if is_share:
         number = f"{100 * mean:z.1f} %"
         spread = f"{100 * std:.1f}"
@@ -2846,20 +2936,23 @@ def findings(task, examples, runs, comparisons):
             sentences.append(f"{model} knows little more than how frequent the labels are")
         if of_model["learning_rate"].nunique() > 1:
             sentences.append(f"The means of {model} mix runs at different learning rates")
+    if runs["environment"].str["device"].nunique() > 1:
+        sentences.append("The runs were made on different devices: see Environment")
     if runs["capped"].any():
         sentences.append(
-            f"{runs['capped'].sum()} of {len(runs)} runs ended at the cap on epochs, perhaps too soon: "
-            "see --epochs"
+            f"{runs['capped'].sum()} of {len(runs)} runs ended at the cap on epochs, perhaps too "
+            "soon: see --epochs"
         )
     return sentences
 
 
 def task_text(task, records, examples, scores, runs, comparisons, config):
-    """One task's results in Markdown: what the data are, tables, findings; the arguments are the task's."""
+    """One task's results in Markdown: data, tables, findings; all arguments are of this task."""
     sentences = findings(task, examples, runs, comparisons)
     of_data = [record for record in records if "facts" in record]
-    doubts = [f"Note: {doubt}" for record in of_data for doubt in record["doubts"]]
-    sentences.extend(dict.fromkeys(doubts))
+    sentences.extend(
+        dict.fromkeys(f"Note: {doubt}" for record in of_data for doubt in record["doubts"])
+    )
     parts = [
         f"## {runs['title'].iloc[0]}",
         "" if config["file"] else task.question,
@@ -2893,18 +2986,20 @@ STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
 
 
 def colour(name):
-    """The colour of a model, the same in every figure; a matched one's is paler, others' is grey."""
+    """The colour of a model, the same in every figure; a matched one's is paler. Else grey."""
     cell = CELLS.get(cell_name(name))
     return to_rgba(cell.colour if cell else GREY, 0.5 if name.endswith(MATCHED) else 1.0)
 
 
-def new_figure(width, height, rows=1, columns=1, **options):
+def new_figure(width, height, rows, columns=1, **options):
     """A figure, its size in inches, and its axes (rows, columns)."""
     figure = Figure(figsize=(max(width, 7.2), height), layout="constrained")  # titles need room
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
@@ -2936,7 +3031,7 @@ def mean_curves(runs, name):
     """
     curves = {}
     for model, evidence in runs.groupby("model", sort=False)["evidence"]:
-        curves[model] = DataFrame(zip(*evidence.str[name])).mean(axis=1)
+        curves[model] = DataFrame(zip(*(each[name] for each in evidence))).mean(axis=1)
     return DataFrame(curves).rename(lambda i: i + 1)
 
 
@@ -2956,29 +3051,28 @@ def bar_panel(axes, table, labels=None, **settings):
     axes.bar_label(bars, labels, fmt="%.3g", padding=3)
     axes.set_ylim(len(table) - 0.25, -0.75)  # a bar alone is no wider than among others
     axes.grid(visible=False)
-    axes.margins(x=0.9)  # room for the labels
+    axes.margins(x=1.1)  # room for the labels
     axes.set(**settings)
 
 
 def training_history_figure(runs, history, task):
     """Loss and metric by epoch: a column per model, a line per seed."""
     models = runs["model"].unique()
-    metrics = task.metrics[:2]
     width = 3.2 * len(models) + 0.8
-    figure, grid = new_figure(width, 5.4, len(metrics), len(models), sharex=True, sharey="row")
-    history = history.merge(runs[["task", "model", "seed", "best_epoch"]])
-    for axes, (metric, model) in zip(grid.flat, product(metrics, models)):
+    figure, grid = new_figure(width, 5.8, 2, len(models), sharex=True, sharey="row")
+    history = history.merge(runs)  # by task, model and seed
+    # the grid ends after the first two metrics
+    for axes, (metric, model) in zip(grid.flat, product(task.metrics, models)):
         curves = history.query("model == @model and metric == @metric.name")
         for (split, _), curve in curves.groupby(["split", "seed"]):
             style = ".:" if split == "train" else ".-"
-            axes.plot(curve["epoch"], curve["value"], style, color=colour(model))
+            axes.plot(curve["epoch"], curve["value"], style, color=colour(model), markersize=2)
         kept = curves.query("split == 'validation' and epoch == best_epoch")
         axes.plot(kept["epoch"], kept["value"], "o", color=colour(model))
+        axes.set_title(model, color=colour(model))
         axes.set(xlabel="epoch", ylabel=metric.label)
         axes.label_outer()
         axes.locator_params("x", integer=True, min_n_ticks=1)
-    for axes, model in zip(grid[0], models):
-        axes.set_title(model, color=colour(model), fontweight="bold")
     handles = [
         line("training (running mean over the epoch)", linestyle=":"),
         line("validation"),
@@ -2988,12 +3082,12 @@ def training_history_figure(runs, history, task):
 
 
 def forecasts_figure(runs, scores):
-    """Forecasts against the truth, one step ahead and free-running; the latter's error by horizon."""
+    """Forecasts and truth, one step ahead and free-running, and the latter's error by horizon."""
     models = runs.drop_duplicates("model")
     figure, grid = new_figure(11, 2.1 * len(models) + 3, len(models) + 1, 2)
     kinds = {
-        "": "test example, in order of time: one step ahead",
-        "free_": "steps after the last observed value: each forecast is fed back",
+        "": "test example, in order of time (forecast one step ahead)",
+        "free_": "steps after the last observed value (free-running: forecasts fed back)",
     }
     for axes, (run, kind) in zip(grid.flat, product(models.itertuples(), kinds)):
         truth = run.evidence[f"{kind}truth"]
@@ -3007,28 +3101,26 @@ def forecasts_figure(runs, scores):
     free = mean_curves(runs, "free_mse")
     free["persistence"] = mean_curves(runs, "persistence_mse").mean(axis=1)
     draw_lines(errors, free, "-")
-    variance = runs["evidence"].str["variance"].mean()
+    variance = DataFrame(list(runs["evidence"]))["variance"].mean()
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
-    ceilings = scores.query("kind == 'ceiling' and metric == 'mse'")
-    for name, values in ceilings.groupby("name")["value"]:
-        label = f"{name}, one step ahead"
-        errors.axhline(values.mean(), color="black", linestyle=":", label=label)
+    ceilings = scores.query("kind == 'ceiling' and metric == 'mse'").groupby("name")["value"]
+    for name, value in ceilings.mean().items():
+        errors.axhline(value, color="black", linestyle=":", label=f"{name}, one step ahead")
     errors.set(
         title="Free-running error, mean over seeds",
         xlabel="steps ahead",
         ylabel="MSE (series units²)",
         ylim=(0, None),
     )
-    handles = [line("observed value", linestyle="", marker="."), *errors.lines]
-    place.legend(handles=handles, loc="center left")
+    place.legend(handles=errors.lines, loc="center left")
     place.axis("off")
-    return finish(figure, f"{runs['title'].iloc[0]}: forecasts against the truth")
+    return finish(figure, f"{runs['title'].iloc[0]}: forecasts (lines) against the truth (dots)")
 
 
 def parameters_figure(models):
     """Parameters by part, each model of each task."""
     tasks = models.groupby(["title", "seed"], sort=False)  # vocabularies differ from seed to seed
-    figure, grid = new_figure(9, 1.6 * len(tasks) + 1, len(tasks))
+    figure, grid = new_figure(9, 1.9 * len(tasks) + 0.8, len(tasks))
     for axes, ((title, seed), table) in zip(grid.flat, tasks):
         bar_panel(
             axes,
@@ -3038,10 +3130,10 @@ def parameters_figure(models):
                 for r in table.itertuples()
             ],
             title=f"{title}, seed {seed}",
+            xlabel="trainable parameters",
             xmargin=0.35,
         )
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("trainable parameters")
     handles = [
         Patch(facecolor=GREY, edgecolor="white", hatch=hatch, label=part)
         for part, hatch in PARTS.items()
@@ -3052,9 +3144,10 @@ def parameters_figure(models):
 def layer_text(layer):
     """What stands in the box of a layer: its kind and settings, output shape and weights."""
     hidden = r", (batch_first|inplace|bias|padding_idx)=\w+|\w+_features="
-    call = f"{layer['kind']}({re.sub(hidden, '', layer['settings'])})"
+    settings = re.sub(hidden, "", layer["settings"])
+    call = f"{layer['kind']}({settings})".replace("Recurrent()", "last state")
     shape = ", ".join(map(str, layer["shape"]))
-    return f"{call.replace('Recurrent()', 'last state')}\n→ (B, {shape})\n{layer['parameters']:,} weights"
+    return f"{call}\n→ (B, {shape})\n{layer['parameters']:,} weights"
 
 
 def architectures_figure(models):
@@ -3063,14 +3156,14 @@ def architectures_figure(models):
     figure, grid = new_figure(1.75 * width, len(models) + 0.6, len(models))
     for axes, run in zip(grid.flat, models.itertuples()):
         shade = colour(run.model)
-        axes.set_title(f"{run.model} {run.task}, seed {run.seed}", color=shade, fontweight="bold")
-        axes.set(xlim=(-1, width - 0.5), ylim=(-0.5, 0.5))
+        axes.set_title(f"{run.model} {run.task}, seed {run.seed}", color=shade)
+        axes.set_xlim(-1, width - 0.5)
         axes.axis("off")
         for x, layer in enumerate(run.layers):
             axes.annotate(
                 layer_text(layer),
-                xy=(x - 1, 0),  # the arrow begins behind the box before
-                xytext=(x, 0),
+                xy=(x - 1, 0.5),  # the arrow begins behind the box before
+                xytext=(x, 0.5),
                 zorder=-x,
                 ha="center",
                 va="center",
@@ -3084,21 +3177,24 @@ def architectures_figure(models):
 def performance_figure(scores, runs):
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
     tasks = runs.groupby("task", sort=False)
-    size = (14, 2.5 * len(tasks) + 0.6)
-    figure, grid = new_figure(*size, len(tasks), 4, width_ratios=[2.2, 1, 1, 1])
+    figure, grid = new_figure(
+        14, 2.5 * len(tasks) + 0.6, len(tasks), 4, width_ratios=[2.2, 1, 1, 1]
+    )
     for row, (task, of_task) in zip(grid, tasks):
         score_panel(row[0], scores.query("task == @task"), TASKS[task].metrics[0])
         row[0].set_title(of_task["title"].iloc[0])
         costs = of_task.drop_duplicates("model").set_index("model")
         seconds = of_task.groupby("model", sort=False)[["seconds"]].mean()
-        kernels = [f"{run.ms_per_step:.3g} {run.kernel}" for run in costs.itertuples()]
+        steps = [f"{run.ms_per_step:.3g} {run.kernel}" for run in costs.itertuples()]
         bar_panel(row[1], seconds, xlabel="training (s per run)")
-        bar_panel(row[2], costs[["ms_per_step"]], kernels, xlabel="step (ms), kernel")
-        bar_panel(row[3], costs[["activation_bytes"]] / 2**20, xlabel="activations (MiB)")
-    return finish(
-        figure,
-        "Test split, mean ± deviation over seeds (diamonds: baselines, bar: ceiling), and costs",
-    )
+        bar_panel(row[2], costs[["ms_per_step"]], steps, xlabel="step (ms), kernel")
+        bar_panel(
+            row[3],
+            costs[["activation_bytes"]] / 2**20,
+            xlabel="activations of the\nlongest batch (MiB)",
+        )
+    title = "Test: mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), costs"
+    return finish(figure, title)
 
 
 def score_panel(axes, scores, metric):
@@ -3118,7 +3214,7 @@ def score_panel(axes, scores, metric):
     if not metric.higher_is_better:  # errors differ by factors
         axes.set(xscale="log", xlabel=f"test {metric.label}, log scale")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:.6g}")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
 
 
@@ -3151,18 +3247,20 @@ def learning_rates_figure(table):
 def errors_figure(runs, examples):
     """The confusion matrix of each classifier, in per cent of each true label, over all seeds."""
     labels = runs["labels"].iloc[0]
+    n = len(labels)
     models = examples.query("kind == 'model'").groupby("name", sort=False)
-    width = (0.6 * len(labels) + 1.2) * len(models) + 1.6
-    figure, grid = new_figure(width, 0.5 * len(labels) + 2.4, 1, len(models), sharey=True)
+    figure, grid = new_figure(
+        (0.6 * n + 1.2) * len(models) + 1.6, 0.5 * n + 2.2, 1, len(models), sharey=True
+    )
     for axes, (name, answers) in zip(grid.flat, models):
-        counts = confusion(answers, labels).to_numpy()
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        counts = confusion(answers, labels)
+        shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=2, aspect="auto")  # text stays readable
         for (truth, answer), share in np.ndenumerate(shares):
             axes.text(answer, truth, f"{share:.0%}", ha="center", va="center")
-        axes.set_title(name, color=colour(name), fontweight="bold")
-        axes.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) > 2 else 0)
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_title(name, color=colour(name))
+        axes.set_xticks(range(n), labels, rotation=30 if n > 2 else 0)
+        axes.set_yticks(range(n), labels)
         axes.set(xlabel="predicted label", ylabel="true label")
         axes.label_outer()
         axes.grid(visible=False)
@@ -3190,7 +3288,7 @@ def distance_panel(axes, examples):
     models = examples.query("kind == 'model'")["name"].unique()
     for role, style in (("verb", "o-"), ("object", "s:")):
         draw_lines(axes, shares.loc[role][[*models, "trigram"]], style)
-    axes.axhline(100, color="black", linewidth=1)
+    axes.axhline(100, color="black")
     axes.set(
         title="Next word, by distance from its subject",
         xlabel="words back to the subject\n(solid: verb, where one must come; dotted: object)",
@@ -3202,26 +3300,26 @@ def distance_panel(axes, examples):
 def ending_panel(axes, examples):
     """Accuracy on reviews whose closing verdict agrees with their label, and on those where not."""
     models = examples.query("kind == 'model'")
-    accuracy = 100 * models.pivot_table("score", "ending", "name", sort=False).sort_index()
-    width = 0.8 / accuracy.shape[1]
+    accuracy = 100 * models.pivot_table("score", "ending", "name", sort=False)
+    accuracy = accuracy.reindex([AGREES, CONTRADICTS])
+    n = accuracy.shape[1]
     for i, (name, shares) in enumerate(accuracy.items()):
-        places = np.arange(2) + (i + 0.5) * width - 0.4
-        axes.bar_label(axes.bar(places, shares, 0.94 * width, color=colour(name)), fmt="%.0f")
-    axes.axhline(50, color=GREY, linestyle="--", linewidth=1)
+        bars = axes.bar([i, i + n + 1], shares, color=colour(name))
+        axes.bar_label(bars, fmt="%.0f")
+    axes.axhline(50, color=GREY, linestyle="--")
     axes.set(
         title="Reviews, by what their last word says",
         xlabel="ending of the review",
         ylabel="accuracy (%); dashed: guessing",
         ylim=(0, 105),
     )
-    axes.set_xticks([0, 1], accuracy.index)
+    axes.set_xticks([n / 2 - 0.5, 1.5 * n + 0.5], accuracy.index)
     axes.grid(visible=False)
 
 
 def long_range_figure(runs, examples):
-    """Why memory matters: gradient by word, accuracy by distance and by ending; None without any."""
+    """Why memory matters: gradient by word, accuracy by distance and by ending; or None."""
     classifiers = runs.query("task == @CLASSIFIER.name")
-    reviews = examples.query("task == @CLASSIFIER.name")
     words = examples.query("task == @PREDICTOR.name")
     handles = list(map(line, runs["model"].unique()))
     panels = []
@@ -3230,8 +3328,8 @@ def long_range_figure(runs, examples):
     if FULL_STATE in set(words["name"]):  # the last two need what only a generator knows
         panels.append((distance_panel, words))
         handles.append(line("trigram"))
-    if reviews["ending"].notna().any():
-        panels.append((ending_panel, reviews))
+    if examples["ending"].notna().any():
+        panels.append((ending_panel, examples))
     if not panels:
         return None
     figure, grid = new_figure(4.6 * len(panels), 4.4, 1, len(panels))
@@ -3269,14 +3367,16 @@ def draw_figures(folder, figures):
         content = io.BytesIO()
         try:
             with rc_context(STYLE):
-                drawn[name] = draw()
-                if drawn[name]:
-                    drawn[name].savefig(content, format="png")
+                figure = draw()
+                if figure is None:
+                    continue
+                figure.savefig(content, format="png")
         except Exception as error:
             failed += 1
             print(f"failed: {path.name} could not be drawn: {first_line(error)}", file=sys.stderr)
-        if content.getvalue():
-            write_whole(path, content.getvalue())
+            continue
+        drawn[name] = figure
+        write_whole(path, content.getvalue())
     return drawn, failed
 
 
@@ -3286,7 +3386,10 @@ def write_table(folder, name, table):
 
 
 def make_report(folder, failed=0):
-    """Tables and figures from the records in `folder`; `failed` runs, which were named, are not there."""
+    """Tables and figures from the records in `folder`; `failed` more runs were named before.
+
+    Returns Results. Raises InputError or RuntimeError where no run is finished.
+    """
     config = read_config(folder)
     records = list(read_records(folder).values())
     trained = [record for record in records if "history" in record]
@@ -3305,11 +3408,12 @@ def make_report(folder, failed=0):
     scores = scores.merge(DataFrame(reported, columns=["task", "metric"]))
     comparisons = compare(scores)
     models = runs.drop_duplicates(["task", "model"])
+    costs = models[["task", "model", *SIZES, *COST_COLUMNS]]
     write_table(folder, "runs", runs[RUN_COLUMNS])
     write_table(folder, "history", history)
     write_table(folder, "summary", summarise(scores[scores["metric"].isin(CSV_METRICS)]))
     write_table(folder, "comparisons", comparisons)
-    write_table(folder, "costs", models[["task", "model", *SIZES, *COST_COLUMNS]])
+    write_table(folder, "costs", costs)
     for (task, seed), answers in examples.groupby(["task", "seed"]):
         table = predictions_table(answers).to_csv(index=False)
         # Excel takes a file without the mark for one that is not UTF-8
@@ -3326,24 +3430,22 @@ def make_report(folder, failed=0):
     for name in models["task"].unique():
         task = TASKS[name]
         own_records = [record for record in records if record["task"] == name]
-        own_examples, own_scores, own_runs, own_comparisons = (
-            table[table["task"] == name] for table in (examples, scores, runs, comparisons)
-        )
-        own_tables = own_examples, own_scores, own_runs, own_comparisons
-        texts.append(task_text(task, own_records, *own_tables, config[name]))
-        figures[f"{name}_training_history"] = partial(
-            training_history_figure, own_runs, history, task
-        )
+        tables = [table[table["task"] == name] for table in (examples, scores, runs, comparisons)]
+        texts.append(task_text(task, own_records, *tables, config[name]))
+        own_examples, own_scores, own_runs, _ = tables
+        draw = partial(training_history_figure, own_runs, history, task)
+        figures[f"{name}_training_history"] = draw
         for figure, make in TASK_FIGURES[name].items():
             figures[figure] = partial(make, own_runs, own_examples, own_scores)
-    parts = DataFrame(list(models["parts"]), models.index).fillna(0).astype(int)
+    parts = models["parts"].apply(Series).fillna(0).astype(int)
     sizes = models[["task", "model"]].join(parts).join(models["parameters"])
-    costs = models[["task", "model", *COST_COLUMNS]]
-    environments = DataFrame([record["environment"] for record in records]).astype(str)
+    environments = DataFrame(record["environment"] for record in records).map(str)
     lines = [f"- {name}: {', '.join(values.unique())}" for name, values in environments.items()]
-    texts.append(f"## Parameters\n\n{markdown(sizes)}")
-    texts.append(f"## Cost of a training step\n\n{markdown(costs)}\n\n{COSTS_NOTE}")
-    texts.append("## Environment\n\n" + "\n".join(lines))
+    texts += [
+        f"## Parameters\n\n{markdown(sizes)}",
+        f"## Cost of a training step\n\n{markdown(costs.drop(columns=SIZES))}\n\n{COSTS_NOTE}",
+        "## Environment\n\n" + "\n".join(lines),
+    ]
     write_whole(folder / "pytorch_rnn_summary.md", "\n\n".join(texts) + "\n")
     drawn, broken = draw_figures(folder, figures)
     print(*texts, sep="\n\n")
@@ -3390,14 +3492,16 @@ def check_options(options):
 
 
 def choose_device(name):
-    """The device of that name; "auto" is CUDA where there is one, else the CPU; InputError."""
-    backends = {"cuda": torch.cuda, "cpu": torch.cpu, "mps": torch.backends.mps}
-    there = [device for device, backend in backends.items() if backend.is_available()]
-    if name == "auto":
-        name = there[0]
-    if name not in there:
-        raise InputError(f"--device {name}: there is none here; choose from {', '.join(there)}")
-    return torch.device(name)
+    """The device of that name, if it is usable; "auto" is CUDA, or else the CPU; InputError."""
+    if name != "auto":
+        if is_usable(name):
+            return torch.device(name)
+        raise InputError(f"--device {name}: there is none here that works; choose another, or auto")
+    if is_usable("cuda"):
+        return torch.device("cuda")
+    if torch.cuda.is_available():
+        print("note: CUDA is there, but a small step on it fails; the CPU is used", file=sys.stderr)
+    return CPU
 
 
 def usable_cores(quota_file=Path("/sys/fs/cgroup/cpu.max")):
@@ -3452,6 +3556,7 @@ def default_folder(config, quick):
     return Path("outputs", "quick" if quick else own)
 
 
+@settings_restored()
 def run(
     *,
     tasks=tuple(TASKS),

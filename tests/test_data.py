@@ -98,15 +98,15 @@ def test_windows_are_views(data):
 def test_verbs_agree_with_a_subject_up_to_seven_words_back():
     text = rnn.generate_corpus(rnn.PredictorConfig(), rnn.random_generator(5, "corpus"))
     distances = Counter()
-    singular = {noun: area for area in rnn.AREAS.values() for noun in area.subjects}
+    subjects = rnn.corpus_subjects()
     for i, word, role, distance in text[["word", "role", "distance"]].itertuples():
         subject = text["word"][i - distance]
         if role == "verb":
             distances[distance] += 1
-            if subject in singular:
-                assert word in singular[subject].verbs
-            else:
-                assert word + "s" in singular[subject.removesuffix("s")].verbs
+            assert word in subjects[subject].verbs
+            area = rnn.AREAS[subjects[subject].area]
+            is_plural = subject not in area[0].split()
+            assert (word + "s" if is_plural else word) in area[1].split()
     assert set(distances) == {2, 5, 7}, "where a verb must come: after an adverb or two phrases"
 
 

@@ -1,4 +1,4 @@
-"""Nothing lost: killed, interrupted and side-by-side runs, damaged records, folders that cannot be written."""
+"""Nothing lost: killed and interrupted runs, damaged records, folders that cannot be written."""
 
 import itertools
 import multiprocessing
@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def undisturbed(tmp_path_factory):
 
 
 def kill_and_resume(folder, workers, kills, expected):
-    """Start, kill the whole process group at a random moment, resume, and so on; the last one is let finish."""
+    """Start, kill the whole process group at a random moment, resume, and so on to the end."""
     rng, command = (
         np.random.default_rng(workers),
         [*TINY, "--workers", workers, "--resume", "--output-dir"],
@@ -186,7 +187,7 @@ def test_what_a_report_makes_is_made_again(undisturbed, tmp_path, no_figures):
 @pytest.mark.slow
 @pytest.mark.parametrize("pause", [0.0, 0.1, 0.5, 1.0])
 def test_ctrl_c_while_the_workers_start_is_one_line_and_leaves_nothing(pause, tmp_path):
-    process = start(*TINY, *TWO, "--output-dir", tmp_path)
+    process = start(*TINY, *TWO, "--seeds", *range(30), "--output-dir", tmp_path)
     wait_for(lambda: children(process.pid))
     time.sleep(pause)
     os.killpg(process.pid, signal.SIGINT)
@@ -236,11 +237,12 @@ def test_a_signal_ends_the_run_and_its_workers_and_keeps_what_is_finished(
 
 
 def children(pid):
-    """The processes that `pid` has started and that have not ended."""
-    try:
-        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
+    """The processes that the threads of `pid` have started and that have not ended."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found.extend(path.read_text().split())
+    return found
 
 
 @pytest.mark.slow
@@ -275,11 +277,6 @@ def test_a_worker_that_is_killed_fails_its_run_only(tmp_path, capsys, no_figures
         == 0
     )
     assert len(records(tmp_path)) == 12 and len(records(tmp_path, "baselines")) == 4
-
-
-def parent_of(pid):
-    """The process that started `pid`."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A user's own files: what is read, what is refused and with which words, and a whole run on each."""
+"""A user's own files: what is read, what is refused with which words, a whole run on each."""
 
 import gzip
 import hashlib

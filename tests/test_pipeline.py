@@ -1,6 +1,7 @@
 """The whole pipeline on the quick configuration: files, tables, figures, checkpoints, errors."""
 
 import errno
+import inspect
 import json
 import multiprocessing
 import os
@@ -348,7 +349,7 @@ def test_a_container_may_grant_less_than_the_machine_has(tmp_path):
 def test_help_names_every_option_of_run(capsys):
     assert rnn.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in rnn.run.__kwdefaults__:
+    for name in inspect.signature(rnn.run).parameters:
         assert f"--{name.replace('_', '-')}" in text
 
 

@@ -1,4 +1,4 @@
-"""Trained models in use: from Python, from the command line, and loaded from files that mean no good."""
+"""Trained models in use: from Python, from the command line, from files that mean no good."""
 
 import io
 import os
