@@ -2535,7 +2535,8 @@ def plain_config(config):
     values = asdict(config)
     values.update(values.pop("training"))
     if config.file:
-        values.update(values["file"], file=Path(config.file.path).name)
+        name = Path(config.file.path).name.encode(errors="backslashreplace")  # it may be no UTF-8
+        values.update(values["file"], file=name.decode())
         del values["path"]
     return json.loads(json.dumps(values))  # tuples become lists
 

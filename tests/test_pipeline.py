@@ -346,6 +346,16 @@ def test_a_container_may_grant_less_than_the_machine_has(tmp_path):
         assert rnn.usable_cores(quota) == granted, text
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files that are bytes")
+def test_a_file_name_that_is_no_utf_8_goes_from_option_to_summary_and_figures(tmp_path):
+    series = os.fsdecode(os.fsencode(tmp_path) + b"/no-\xff.csv")
+    with open(series, "w") as file:  # noqa: PTH123 (a name in bytes)
+        file.writelines(f"{i % 7}\n" for i in range(500))
+    models = ["--tasks", "forecaster", "--models", "RNN"]
+    assert quick(tmp_path / "out", *models, "--epochs", 1, "--series", series) == 0
+    assert "no-" in summary(tmp_path / "out")
+
+
 def test_help_names_every_option_of_run(capsys):
     assert rnn.main(["--help"]) == 0
     text = capsys.readouterr().out

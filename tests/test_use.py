@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 import re
-import subprocess
 import threading
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import pytorch_rnn_models as rnn
-from conftest import ROOT, SCRIPT, refusal
+from conftest import ROOT, refusal
 
 
 @pytest.fixture
@@ -159,9 +158,6 @@ def test_predict_reads_a_pipe_once(checkpoint, capsys, tmp_path):
     writer.start()
     expected = predict(capsys, checkpoint("classifier"), lines)
     assert predict(capsys, checkpoint("classifier"), pipe) == expected
-    command = [*SCRIPT, "--predict", str(checkpoint("classifier")), "/dev/stdin"]
-    done = subprocess.run(command, input=lines, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, expected, "")
 
 
 @pytest.mark.parametrize(
