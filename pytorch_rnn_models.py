@@ -70,6 +70,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 # cuBLAS repeats its numbers only with this, and reads it when it is first used
+if torch.cuda.is_initialized() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+    warnings.warn("CUDA was used before: for equal numbers import this first", stacklevel=2)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # ======================================================================================

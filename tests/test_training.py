@@ -168,9 +168,15 @@ def test_epoch_means_are_weighted_by_examples(data):
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(data):
     model = new_model("forecaster", "GRU", data)
-    task = rnn.TASKS["forecaster"]
     with pytest.raises(rnn.Diverged, match=r"GRUForecaster \(forecaster\), seed 5.*epoch 1"):
-        rnn.fit(model, task, data["forecaster"], TRAINING, learning_rate=1e30, seed=5)
+        rnn.fit(model, rnn.FORECASTER, data["forecaster"], TRAINING, learning_rate=1e30, seed=5)
+
+
+def test_a_classifier_that_answers_nan_has_diverged_and_no_assertion_ends_it(data):
+    model = new_model("classifier", "GRU", data)
+    model.head[0].weight.data.fill_(math.nan)
+    with pytest.raises(rnn.Diverged, match="not finite in epoch 1"):
+        rnn.fit(model, rnn.CLASSIFIER, data["classifier"], TRAINING, learning_rate=0.1, seed=5)
 
 
 @pytest.mark.parametrize("task", rnn.TASKS)
