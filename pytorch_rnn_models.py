@@ -2316,21 +2316,24 @@ def complete_run(run, experiment, on_epoch):
         content = try_rate(run, experiment, data, on_epoch)
     else:
         content = train_and_test(run, experiment, data, on_epoch)
+    environment = {  # what the numbers may depend on beside the configuration and the seed
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        environment["device"] = torch.cuda.get_device_name(device)
+        environment["CUDA"] = torch.version.cuda
+        environment["cuDNN"] = torch.backends.cudnn.version()
+        environment["precision"] = torch.backends.cudnn.rnn.fp32_precision
     record = {
         **run._asdict(),
         "unit": data.unit,
         "labels": data.preprocessing.get("labels"),
-        "environment": {  # what the numbers may depend on beside the configuration and the seed
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "system": f"{platform.system()} {platform.machine()}",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "cuda": torch.version.cuda,  # on a machine without one PyTorch has None
-            "cudnn": torch.backends.cudnn.version(),
-            "precision": torch.backends.cudnn.rnn.fp32_precision,
-            "threads": torch.get_num_threads(),
-        },
+        "environment": environment,
         **content,
     }
     write_whole(path, json.dumps(record))
