@@ -2424,9 +2424,10 @@ def attempt_all(runs, experiment, workers, on_epoch):
     finally:  # after an error or an interruption some are left
         pool.shutdown(wait=False, cancel_futures=True)
         while not all(future.done() for future in futures):
-            for process in multiprocessing.active_children():
-                process.kill()
-            time.sleep(0.02)
+            with suppress(KeyboardInterrupt):  # a second Ctrl-C must leave nobody behind
+                for process in multiprocessing.active_children():
+                    process.kill()
+                time.sleep(0.02)
 
 
 def complete_runs(runs, experiment):
