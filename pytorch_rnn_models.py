@@ -85,9 +85,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Cell:
-    """A recurrent cell. One more is one more record in `CELLS`, its three classes, and these in
-    `TASKS`.
-    """
+    """A recurrent cell; one more is one more record in `CELLS`, and three classes in `TASKS`."""
 
     layer: type[nn.RNNBase]
     colour: str  # in all figures; these are safe for colour-blind readers (Okabe & Ito 2008)
@@ -171,10 +169,11 @@ class ClassifierConfig(TaskConfig):
     n_reviews: int = 5000
     phrases: tuple[int, int] = (6, 65)  # three-word phrases per review: 22 to 199 words, mean 134
     opinion_rate: float = 0.6  # share of the phrases that state an opinion
+    # a review's share of opinions that agree with its label
     clarity: tuple[float, float] = (
         0.44,
         0.84,
-    )  # a review's share of opinions that agree with its label
+    )
     negation_rate: float = 0.25  # share of the opinions put as the negation of the opposite
     name_rate: float = 0.25  # share of the other phrases that hold a surname, most of them rare
     verdict_reliability: float = 0.58  # how often the closing verdict agrees with the label
@@ -215,9 +214,8 @@ class ForecasterConfig(TaskConfig):
     training: Training = Training(batch_size=64, lr_factor=0.4, lr_patience=0, patience=3)
 
 
-Config = Mapping[
-    str, TaskConfig
-]  # every number that the results depend on but seed and rate, by task
+# every number that the results depend on but seed and rate, by task
+Config = Mapping[str, TaskConfig]
 DEFAULT: Config = {
     "classifier": ClassifierConfig(),
     "predictor": PredictorConfig(),
@@ -452,18 +450,18 @@ def generate_reviews(config, rng):
     """
     n_reviews, (least, most) = config.n_reviews, config.phrases
     labels = rng.permutation(np.arange(n_reviews) % 2)
-    is_short = (
-        rng.random(n_reviews) < 1 / 3
-    )  # without these, an LSTM took many epochs to find what an opinion is
+    # without these, an LSTM took many epochs to find what an opinion is
+    is_short = rng.random(n_reviews) < 1 / 3
     short, long = (
         rng.integers(least, least + 9, n_reviews),
         rng.integers(most - 10, most + 1, n_reviews),
     )
     n_phrases = np.where(is_short, short, long)
+    # (n,): the review of each phrase
     owner, n = (
         np.repeat(np.arange(n_reviews), n_phrases),
         n_phrases.sum(),
-    )  # (n,): the review of each phrase
+    )
     clarity = rng.uniform(*config.clarity, n_reviews)
     favourable = (rng.random(n) < clarity[owner]) == (labels[owner] == 1)
     is_opinion = rng.random(n) < config.opinion_rate
@@ -480,9 +478,8 @@ def generate_reviews(config, rng):
     rank = (math.prod(shape) ** rng.random(n)).astype(
         int
     ) - 1  # a log-uniform rank is Zipf-distributed
-    parts = np.unravel_index(
-        rank * 7919 % math.prod(shape), shape
-    )  # a prime: neighbours in rank do not look alike
+    # a prime: neighbours in rank do not look alike
+    parts = np.unravel_index(rank * 7919 % math.prod(shape), shape)
     surnames = [
         NAME_HEADS[head] + NAME_MIDDLES[middle] + NAME_TAILS[tail]
         for tail, middle, head in zip(*parts)
@@ -695,14 +692,12 @@ def best_forecasts(windows, config):
     wave = config.amplitude * np.sin(2 * np.pi * np.arange(positions) / positions)
     belief = np.ones((len(windows), k, positions))
     for values in windows.T:
-        belief *= np.exp(-0.5 * ((values[:, None] - wave) / config.noise) ** 2)[
-            :, None
-        ]  # what is seen
+        # what is seen
+        belief *= np.exp(-0.5 * ((values[:, None] - wave) / config.noise) ** 2)[:, None]
         belief /= belief.sum(axis=(1, 2), keepdims=True)
         others = belief.sum(axis=1, keepdims=True) - belief
-        belief = (1 - config.switch_rate) * belief + config.switch_rate * others / (
-            k - 1
-        )  # the period may switch
+        # the period may switch
+        belief = (1 - config.switch_rate) * belief + config.switch_rate * others / (k - 1)
         for i, period in enumerate(config.periods):
             belief[:, i] = np.roll(belief[:, i], positions // period, axis=1)
     return belief.sum(axis=1) @ wave
@@ -998,9 +993,8 @@ def season_of(windows):
     lagged = [rows[:, -lag] - means for lag in range(1, rows.shape[1] + 1)]
     with np.errstate(divide="ignore", invalid="ignore"):  # a stretch may be constant
         r = [np.corrcoef(values, targets)[0, 1] for values in lagged]
-        beyond = np.corrcoef(rows[:-1, 0] - means[1:], targets[1:])[
-            0, 1
-        ]  # one lag more, to compare
+        # one lag more, to compare
+        beyond = np.corrcoef(rows[:-1, 0] - means[1:], targets[1:])[0, 1]
     r = np.nan_to_num([*r, beyond], nan=-1.0)
     peaks = [i for i in range(1, len(r) - 1) if r[i] > max(r[i - 1], r[i + 1], r[:i].min() + 0.2)]
     high = [i for i in peaks if r[i] > r[peaks].max() - 0.05]
@@ -1308,9 +1302,7 @@ class RNNPredictor(Predictor):
 
 
 class LSTMPredictor(Predictor):
-    """Next-word predictor on long short-term memory (Hochreiter & Schmidhuber 1997, Gers et al.
-    2000).
-    """
+    """Next-word predictor on an LSTM (Hochreiter & Schmidhuber 1997, Gers et al. 2000)."""
 
     cell = CELLS["LSTM"]
 
@@ -1328,7 +1320,7 @@ class RNNForecaster(Forecaster):
 
 
 class LSTMForecaster(Forecaster):
-    """Forecaster on long short-term memory (Hochreiter & Schmidhuber 1997, Gers et al. 2000)."""
+    """Forecaster on an LSTM (Hochreiter & Schmidhuber 1997, Gers et al. 2000)."""
 
     cell = CELLS["LSTM"]
 
@@ -1919,9 +1911,7 @@ def new_optimizer(model, training, learning_rate):
 
 
 def train_step(model, task, optimizer, batch, training):
-    """One update, in micro-batches; returns mean loss, mean score, gradient norm before clipping:
-    (3,).
-    """
+    """One update, in micro-batches; returns (3,): mean loss, score, gradient norm unclipped."""
     optimizer.zero_grad(set_to_none=True)
     losses = []
     scores = []
@@ -1940,9 +1930,8 @@ def train_step(model, task, optimizer, batch, training):
 def train_epoch(model, task, optimizer, loader, training):
     """One pass over the data; returns the means of what `train_step` returns."""
     model.train()
-    means = torch.zeros(
-        3, device=next(model.parameters()).device
-    )  # one transfer an epoch, not a step
+    device = next(model.parameters()).device
+    means = torch.zeros(3, device=device)  # one transfer an epoch, not a step
     seen = 0
     for batch in loader:
         seen += len(batch[1])
@@ -1953,9 +1942,7 @@ def train_epoch(model, task, optimizer, loader, training):
 
 @torch.no_grad()
 def evaluate(model, task, dataset, answers=None, batch_size=512):
-    """Loss and score of each example of `dataset`, in its order, and the `answers` of a task: (N,)
-    each.
-    """
+    """Each example's loss, score and `answers` of its task: (N,) each, in the dataset's order."""
     model.eval()
     measures = {"loss": task.loss, "score": task.score, **(answers or {})}
     order = dataset.lengths.argsort(stable=True)  # batches of similar length: little padding
@@ -2041,12 +2028,9 @@ def activation_bytes(model, task, batch):
 
 
 def kernel_name(model, inputs):
-    """Which implementation of the recurrent layer runs: that of a library, or PyTorch's generic
-    one.
-    """
-    names = (
-        set()
-    )  # of the nodes of the backward graph, which are called after the operators that ran
+    """Which implementation of the recurrent layer runs: a library's, or PyTorch's generic one."""
+    # of the nodes of the backward graph, which are called after the operators that ran
+    names = set()
     waiting = {model(inputs[:2, :2]).grad_fn}
     while waiting:
         node = waiting.pop()
@@ -2095,9 +2079,7 @@ def measure_costs(task, models, training, data, steps=2, rounds=2):
 
 
 def gradient_by_step(model, task, data, n=64):
-    """Norm of the loss's gradient at the embedded input, by steps back from the end: `n` longest
-    reviews.
-    """
+    """Norm of the loss's gradient at each embedded word, from the end: mean of `n` long reviews."""
     rows = data.test.lengths.topk(min(n, len(data.test))).indices
     inputs, targets = data.test.batch(rows)
     lengths = data.test.lengths[rows]
@@ -2352,6 +2334,7 @@ def attempt(run, experiment, on_epoch):
         return RuntimeError(first_line(error))  # torch's own may not pass through a pipe
     except Exception as error:
         return error
+    return None
 
 
 def serve_attempt(pipe, run, experiment):
@@ -2376,11 +2359,11 @@ def attempt_in_child(run, experiment, on_epoch, context):
     try:
         process.start()
         sender.close()
-        message = receiver.recv()
-        while isinstance(message, dict):
-            on_epoch(run, message)
+        while True:
             message = receiver.recv()
-        return message
+            if not isinstance(message, dict):
+                return message  # what `attempt` returned
+            on_epoch(run, message)  # the row of an epoch
     except (EOFError, ConnectionError):  # the process was killed, or the one that starts it
         if process.pid:
             process.join()
@@ -2481,16 +2464,17 @@ def complete_runs(runs, experiment):
     ended = attempt_all(runs, experiment, workers, on_epoch)
     with bar, closing(ended):
         for n, (run, error) in enumerate(ended, start=1):
+            if error and not isinstance(error, RuntimeError):
+                raise error  # no failure of this run alone
             left[run] = 0
+            if error:
+                failures[run] = error
+                show_progress(f"failed: {run}: {error}")
+                continue
             rest = sum(left.values())
             seconds = (time.monotonic() - start) * rest / (total - rest)
-            outcome = f"{run}  done ({n} of {len(runs)}, {tqdm.format_interval(seconds)} left)"
-            if isinstance(error, RuntimeError):
-                failures[run] = error
-                outcome = f"failed: {run}: {error}"
-            elif error:  # no failure of this run alone
-                raise error
-            show_progress(outcome)
+            place = f"{n} of {len(runs)}, {tqdm.format_interval(seconds)} left"
+            show_progress(f"{run}  done ({place})")
     return failures
 
 
@@ -2538,12 +2522,13 @@ def unfinished(runs, folder):
 
 def plain_config(config):
     """A configuration as `config.json` holds it; of a user's file the name, not the place."""
-    values = asdict(config)
-    values.update(values.pop("training"))
+    values = {**asdict(config), **asdict(config.training)}
+    del values["training"]
     if config.file:
         name = Path(config.file.path).name.encode(errors="backslashreplace")  # it may be no UTF-8
-        values.update(values["file"], file=name.decode())
-        del values["path"]
+        values["file"] = name.decode()
+        values["digest"] = config.file.digest
+        values["columns"] = config.file.columns
     return json.loads(json.dumps(values))  # tuples become lists
 
 
@@ -2573,16 +2558,18 @@ def make_folder(folder, tasks, config):
         raise OSError(
             f"--output-dir {folder}: cannot be written ({error.strerror}); choose another"
         ) from error
-    asked = {name: plain_config(of_task) for name, of_task in config.items()}
-    if not (folder / "config.json").exists():
-        write_whole(folder / "config.json", json.dumps(asked, indent=1))
-    there = read_config(folder)
+    wanted = {name: plain_config(of_task) for name, of_task in config.items()}
+    path = folder / "config.json"
+    if not path.exists():
+        write_whole(path, json.dumps(wanted, indent=1))
+    present = read_config(folder)
     for name in tasks:
-        for key, value in asked[name].items():
-            if there[name].get(key) != value:
+        for key, value in wanted[name].items():
+            other = present[name].get(key)
+            if other != value:
                 raise InputError(
-                    f"{folder} holds another configuration ({name}: {key} "
-                    f"{there[name].get(key)}, not {value}); choose another --output-dir"
+                    f"{folder} holds another configuration ({name}: {key} {other}, not {value}); "
+                    "choose another --output-dir"
                 )
 
 
