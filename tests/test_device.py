@@ -6,14 +6,12 @@ CUDA, and whatever would make the CPU wait for CUDA is written down.
 """
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 import pytorch_rnn_models as rnn
-from conftest import quick, summary
 
 pytree = pytest.importorskip("torch.utils._pytree")
 decompositions = pytest.importorskip("torch._decomp.decompositions")
@@ -189,28 +187,3 @@ def test_a_trained_model_predicts_on_the_device_it_is_on(task, device, tmp_path)
     for where in (rnn.CPU, device):
         answers.append(rnn.load_checkpoint(run.model_path(tmp_path)).to(where).predict(given))
     same_numbers(list(answers[1]), list(answers[0]))
-
-
-def test_auto_takes_no_device_that_is_visible_and_does_not_work(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert rnn.choose_device("auto") == rnn.CPU
-    assert "CUDA is there" in capsys.readouterr().err
-
-
-def test_settings_are_put_back_after_a_run(tmp_path, no_figures):
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(2)
-    assert quick(tmp_path, "--tasks", "forecaster", "--models", "RNN") == 0
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(before[0])
-    assert torch.are_deterministic_algorithms_enabled() == before[1]
-
-
-def test_runs_of_different_devices_in_one_folder_are_said(quick_run, tmp_path, no_figures):
-    shutil.copytree(quick_run, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "runs" / "forecaster_GRU_seed42.json"
-    record = json.loads(path.read_text())
-    record["environment"]["device"] = "some GPU"
-    path.write_text(json.dumps(record))
-    assert rnn.main(["--report", "--output-dir", str(tmp_path)]) == 0
-    assert "different devices" in summary(tmp_path)
