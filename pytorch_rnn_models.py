@@ -85,7 +85,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Cell:
-    """A recurrent cell; one more is one more record in `CELLS`, and three classes in `TASKS`."""
+    """A recurrent cell; one more is a record here, three classes, and their names in the tasks."""
 
     layer: type[nn.RNNBase]
     colour: str  # in all figures; these are safe for colour-blind readers (Okabe & Ito 2008)
