@@ -445,8 +445,7 @@ def generate_reviews(config, rng):
     Why the models differ: the verdict stands at the end, and reading it takes no memory. The
     opinions are worth more, but have to be told from the asides and added up over as many as 195
     words: gated cells can keep a sum while they pass over what does not matter (Hochreiter &
-    Schmidhuber 1997); a vanilla RNN rewrites its whole state at every word. Negation is invisible
-    to a bag of words.
+    Schmidhuber 1997). Negation is invisible to a bag of words.
     """
     n_reviews, (least, most) = config.n_reviews, config.phrases
     labels = rng.permutation(np.arange(n_reviews) % 2)
