@@ -1092,7 +1092,9 @@ class SequenceModel(nn.Module):
 
 def new_embedding(vocab_size, embed_dim, padding_idx=None):
     """`nn.Embedding` that starts with the same weights, for its own way is slow on "meta"."""
-    weight = torch.randn(vocab_size, embed_dim)
+    weight = torch.empty(vocab_size, embed_dim)
+    if not weight.is_meta:  # there it would import the compiler
+        weight.normal_()
     return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=padding_idx)
 
 
@@ -1116,7 +1118,8 @@ class Classifier(SequenceModel):
         super().__init__()
         self.embedding = new_embedding(vocab_size, embed_dim, padding_idx=0)
         with torch.no_grad():  # small, so that rare words, which training hardly moves, say little
-            self.embedding.weight.copy_(0.1 * torch.randn(vocab_size, embed_dim))
+            if not self.embedding.weight.is_meta:
+                self.embedding.weight.normal_(std=0.1)
             self.embedding.weight[0] = 0.0
         # measured: with 3 both gated cells learn to read 200 words; in the other tasks 0 is better
         self.recurrent = Recurrent(
@@ -2514,7 +2517,10 @@ def unfinished(runs, folder):
         rest.append(run)
         path = run.record_path(folder)
         if path.exists():
-            print(f"{path}, or its model, is damaged; the run is done again", file=sys.stderr)
+            print(
+                f"{path}, or its model, is damaged or of another rate; it is done again",
+                file=sys.stderr,
+            )
     print(f"resuming: {len(runs) - len(rest)} of {len(runs)} runs are finished", file=sys.stderr)
     return rest
 
@@ -3407,6 +3413,7 @@ def make_report(folder, failed=0):
     write_table(folder, "summary", summarise(scores[scores["metric"].isin(CSV_METRICS)]))
     write_table(folder, "comparisons", comparisons)
     write_table(folder, "costs", costs)
+    (folder / "predictions").mkdir(exist_ok=True)
     for (task, seed), answers in examples.groupby(["task", "seed"]):
         table = predictions_table(answers).to_csv(index=False)
         # Excel takes a file without the mark for one that is not UTF-8
