@@ -64,7 +64,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 from pandas import DataFrame, Series
-from torch import Tensor, nn, optim
+from torch import nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
@@ -124,9 +124,7 @@ class Training:
 
     epochs: int = 30  # upper bound; early stopping may end sooner
     batch_size: int = 64  # examples per update
-    accumulate_steps: int = (
-        1  # micro-batches of a batch, to save memory; the gradient is the batch's
-    )
+    accumulate_steps: int = 1  # micro-batches of a batch, to save memory; the gradient is equal
     lr_factor: float = 0.5  # the rate is multiplied by this on a plateau of the validation loss
     lr_patience: int = 1  # epochs without improvement by 0.01 % or more before the rate falls
     patience: int = 4  # epochs without improvement after which training ends
@@ -170,10 +168,7 @@ class ClassifierConfig(TaskConfig):
     phrases: tuple[int, int] = (6, 65)  # three-word phrases per review: 22 to 199 words, mean 134
     opinion_rate: float = 0.6  # share of the phrases that state an opinion
     # a review's share of opinions that agree with its label
-    clarity: tuple[float, float] = (
-        0.44,
-        0.84,
-    )
+    clarity: tuple[float, float] = (0.44, 0.84)
     negation_rate: float = 0.25  # share of the opinions put as the negation of the opposite
     name_rate: float = 0.25  # share of the other phrases that hold a surname, most of them rare
     verdict_reliability: float = 0.58  # how often the closing verdict agrees with the label
@@ -204,9 +199,8 @@ class ForecasterConfig(TaskConfig):
     switch_rate: float = 0.02  # how often the period changes: every 50 steps on average
     amplitude: float = 1.0
     noise: float = 0.1  # standard deviation of the white noise
-    window: int = (
-        50  # steps that the model sees before the one it predicts; of a short series a tenth
-    )
+    # steps that the model sees before the one it predicts; of a short series a tenth
+    window: int = 50
     stride: int = 3  # every third window is trained on: neighbours are nearly the same
     hidden_dim: int = 32
     n_layers: int = 2
@@ -425,9 +419,8 @@ class Reviews:
     texts: Sequence[str]
     labels: np.ndarray  # (N,): 0 to K - 1
     names: Sequence[str] = ("negative", "positive")  # of the K labels
-    log_odds: np.ndarray | None = (
-        None  # (N,) of positive against negative, given all that depends on the label
-    )
+    # (N,) of positive against negative, given all that depends on the label
+    log_odds: np.ndarray | None = None
     praised: np.ndarray | None = None  # (N,): the closing verdict is positive
 
 
@@ -1859,8 +1852,6 @@ def build_model(task, name, config, data, seed):
 # Training
 # ======================================================================================
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets
-
 
 class Diverged(RuntimeError):
     """A loss was not finite: the learning rate is too high."""
@@ -1886,12 +1877,14 @@ def settings_restored():
     """Put back, at the end of the block, what `prepare_device` has changed in this process."""
     threads = torch.get_num_threads()
     is_deterministic = torch.are_deterministic_algorithms_enabled()
+    fills_memory = torch.utils.deterministic.fill_uninitialized_memory
     precision = torch.backends.cudnn.rnn.fp32_precision
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(is_deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fills_memory
         torch.backends.cudnn.rnn.fp32_precision = precision
 
 
@@ -2428,8 +2421,9 @@ def complete_runs(runs, experiment):
     per_epoch = {}  # expected seconds
     left = {}  # of the whole run, if it uses all epochs
     for run in runs:
-        cost = experiment.costs[run.task].get(run.model, {"seconds_per_epoch": 0.1})  # baselines
-        per_epoch[run] = cost["seconds_per_epoch"]
+        per_epoch[run] = 0.1  # the baselines, of which no cost is measured
+        if run.model != BASELINES:
+            per_epoch[run] = experiment.costs[run.task][run.model]["seconds_per_epoch"]
         left[run] = per_epoch[run] * experiment.config[run.task].training.epochs
     # of each task and seed the baselines first, which hold the test examples, then the longest run
     tasks = experiment.tasks
@@ -2504,18 +2498,19 @@ def read_records(folder, subfolder="runs"):
     return dict(found[place] for place in sorted(found))
 
 
+def is_finished(run, record, folder):
+    """Whether the run has left its record, and the model that the record names, if it names one."""
+    if record is None or "checkpoint" not in record:  # baselines and tuning runs have no model
+        return record is not None
+    path = run.model_path(folder)
+    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == record["checkpoint"]
+
+
 def unfinished(runs, folder):
     """Those of the runs that are not finished; where something of one is there, it is named."""
-    records = {**read_records(folder), **read_records(folder, "runs/tuning")}
-    rest = []
-    for run in runs:
-        path = run.model_path(folder)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-        # the record of baselines or of a tuning run names no model
-        if run in records and records[run].get("checkpoint", digest) == digest:
-            continue
-        rest.append(run)
-        path = run.record_path(folder)
+    records = read_records(folder, "runs/tuning" if runs[0].is_tuning else "runs")
+    rest = [run for run in runs if not is_finished(run, records.get(run), folder)]
+    for path in (run.record_path(folder) for run in rest):
         if path.exists():
             print(
                 f"{path}, or its model, is damaged or of another rate; it is done again",

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,12 @@ def table(folder, name):
 def summary(folder):
     """The summary in an output folder, its lines joined."""
     return " ".join((folder / "pytorch_rnn_summary.md").read_text(encoding="utf-8").split())
+
+
+def copy_records(source, folder, ignore=None):
+    """Copy what a report is made from, but for the records that `ignore` names."""
+    shutil.copytree(source / "runs", folder / "runs", ignore=ignore)
+    shutil.copy(source / "config.json", folder)
 
 
 def refusal(arguments, capsys):

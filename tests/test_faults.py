@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 import pytorch_rnn_models as rnn
-from conftest import SCRIPT, leave_out_figures
+from conftest import SCRIPT, copy_records, leave_out_figures
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups of POSIX")
 TINY = ["--quick", "--tasks", "forecaster", "--seeds", "1", "2"]
@@ -54,13 +54,6 @@ def start(*arguments):
     command = [*SCRIPT, *map(str, arguments)]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
     return subprocess.Popen(command, preexec_fn=hear_interrupts, **options)
-
-
-def copy_records(source, folder):
-    """Copy what a report is made from."""
-    shutil.copytree(source / "runs", folder / "runs")
-    shutil.copy(source / "config.json", folder)
-    (folder / "predictions").mkdir()
 
 
 def wait_for(condition, seconds=60.0):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pytorch_rnn_models as rnn
-from conftest import ROOT, SCRIPT, quick, refusal, summary, table
+from conftest import ROOT, SCRIPT, copy_records, quick, refusal, summary, table
 
 README = (ROOT / "README_pytorch.md").read_text(encoding="utf-8")
 FIGURES = [
@@ -187,9 +187,7 @@ def test_where_all_runs_fail_there_is_a_line_and_no_table(capsys, tmp_path, monk
 
 
 def test_report_is_made_from_the_records_alone(quick_run, tmp_path):
-    shutil.copytree(quick_run / "runs", tmp_path / "runs")
-    shutil.copy(quick_run / "config.json", tmp_path)
-    (tmp_path / "predictions").mkdir()
+    copy_records(quick_run, tmp_path)
     assert rnn.main(["--report", "--output-dir", str(tmp_path)]) == 0
     for name in PNGS | TABLES:
         assert (tmp_path / name).read_bytes() == (quick_run / name).read_bytes()
@@ -198,18 +196,18 @@ def test_report_is_made_from_the_records_alone(quick_run, tmp_path):
 def test_a_report_without_the_baselines_leaves_them_out(quick_run, tmp_path):
     """As after an interruption, or where slices of the runs come from several machines."""
     absent = shutil.ignore_patterns("*baselines*", "forecaster*")
-    shutil.copytree(quick_run / "runs", tmp_path / "runs", ignore=absent)
-    shutil.copy(quick_run / "config.json", tmp_path)
-    (tmp_path / "predictions").mkdir()
+    copy_records(quick_run, tmp_path, absent)
     assert rnn.main(["--report", "--output-dir", str(tmp_path)]) == 0
     assert set(table(tmp_path, "summary")["kind"]) == {"model"}
     assert not list(tmp_path.glob("*forecaster*"))
     assert (tmp_path / "pytorch_rnn_long_range.png").exists()
 
 
-def test_no_cost_is_measured_where_no_run_is_left(quick_run, tmp_path, monkeypatch, no_figures):
+def test_no_cost_is_measured_where_no_model_is_left(quick_run, tmp_path, monkeypatch, no_figures):
     folder = shutil.copytree(quick_run, tmp_path / "done")
     monkeypatch.setattr(rnn, "measure_costs", None)
+    assert quick(folder, "--resume") == 0
+    (folder / "runs" / "forecaster_baselines_seed42.json").unlink()
     assert quick(folder, "--resume") == 0
 
 
