@@ -27,6 +27,7 @@ units, V vocabulary, K labels, O origins of forecasts.
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import hashlib
 import io
@@ -47,9 +48,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import combinations, product
+from itertools import combinations, cycle, pairwise, product
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
@@ -87,35 +88,39 @@ class InputError(ValueError):
 class Cell:
     """A recurrent cell; one more is a record here, three classes, and their names in the tasks."""
 
-    layer: type[nn.RNNBase]
+    layer: Callable  # a class of PyTorch's recurrent layers, or one with a setting
     colour: str  # in all figures; these are safe for colour-blind readers (Okabe & Ito 2008)
-    keep_gates: Mapping  # gate, in PyTorch's order: sign of the bias that keeps the state
     learning_rates: Mapping  # Adam's at the start, by task: what `--tune` chose
+    start: Callable | None = None  # fills the recurrent weights; else the models do, by task
 
 
 # The rates are those of `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` with the settings
-# below: if these change, they have to be chosen again. Gates: LSTM input, forget, cell, output; GRU
-# reset, update, new. A GRU's update gate does the work of the LSTM's input and forget gates.
+# below: if these change, they have to be chosen again.
 CELLS = {
     "RNN": Cell(
         layer=nn.RNN,
         colour="#D55E00",
-        keep_gates={},
-        learning_rates={"classifier": 1e-4, "predictor": 1e-2, "forecaster": 1e-2},
+        learning_rates={"classifier": 1e-3, "predictor": 3e-3, "forecaster": 3e-3},
     ),
     "LSTM": Cell(
         layer=nn.LSTM,
         colour="#0072B2",
-        keep_gates={0: -1.0, 1: 1.0},
-        learning_rates={"classifier": 1e-2, "predictor": 3e-3, "forecaster": 3e-2},
+        learning_rates={"classifier": 1e-2, "predictor": 3e-3, "forecaster": 1e-2},
     ),
     "GRU": Cell(
         layer=nn.GRU,
         colour="#009E73",
-        keep_gates={1: 1.0},
-        learning_rates={"classifier": 1e-2, "predictor": 3e-3, "forecaster": 3e-2},
+        learning_rates={"classifier": 1e-2, "predictor": 1e-3, "forecaster": 1e-2},
+    ),
+    # the control: no gates, but units and a start that keep what is there (Le et al. 2015)
+    "IRNN": Cell(
+        layer=partial(nn.RNN, nonlinearity="relu"),
+        colour="#CC79A7",
+        learning_rates={"classifier": 1e-3, "predictor": 3e-3, "forecaster": 1e-2},
+        start=nn.init.eye_,
     ),
 }
+DEFAULT_MODELS = ("RNN", "LSTM", "GRU")
 
 
 @dataclass(frozen=True)
@@ -165,17 +170,16 @@ class ClassifierConfig(TaskConfig):
     """Text classification. What each number of the reviews does: `generate_reviews`."""
 
     n_reviews: int = 5000
-    phrases: tuple[int, int] = (6, 65)  # three-word phrases per review: 22 to 199 words, mean 134
-    opinion_rate: float = 0.6  # share of the phrases that state an opinion
-    # a review's share of opinions that agree with its label
-    clarity: tuple[float, float] = (0.44, 0.84)
-    negation_rate: float = 0.25  # share of the opinions put as the negation of the opposite
-    name_rate: float = 0.25  # share of the other phrases that hold a surname, most of them rare
-    verdict_reliability: float = 0.58  # how often the closing verdict agrees with the label
+    phrases: tuple[int, int] = (6, 57)  # of three or four words: 131 words on average, at most 200
+    reliability: float = 0.8  # how often the writer's last opinion agrees with the label
+    concluding_rate: float = 0.1  # share of the reviews that end with that opinion
+    own_rate: float = 0.06  # share of the phrases before it that are opinions of the writer
+    others_rate: float = 0.1  # share of the other phrases that are opinions of others
+    name_rate: float = 0.25  # share of the asides that hold a surname, most of them rare
     vocab_size: int = 5000  # most frequent words of the training split, with <pad> and <unk>
     max_words: int = 200  # of a longer review the end is kept
     embed_dim: int = 50
-    training: Training = Training(epochs=20, batch_size=32, weight_decay=1e-4, patience=3)
+    training: Training = Training(epochs=40, batch_size=32, weight_decay=1e-4)
 
 
 @dataclass(frozen=True)
@@ -187,25 +191,27 @@ class PredictorConfig(TaskConfig):
     vocab_size: int = 5000  # as the classifier's
     window: int = 10  # words that the model sees before the one it predicts
     embed_dim: int = 50
-    training: Training = Training(epochs=25, batch_size=256, lr_factor=0.3, patience=3)
+    training: Training = Training(epochs=150, batch_size=256, lr_factor=0.3)
 
 
 @dataclass(frozen=True)
 class ForecasterConfig(TaskConfig):
     """Time-series forecasting. What each number of the series does: `generate_series`."""
 
-    n_steps: int = 6000
-    periods: tuple[int, ...] = (6, 12, 24)  # steps; a window holds two whole cycles of each
-    switch_rate: float = 0.02  # how often the period changes: every 50 steps on average
-    amplitude: float = 1.0
-    noise: float = 0.1  # standard deviation of the white noise
+    n_steps: int = 24_000
+    # steps, of the fast and of the slow wave
+    periods: tuple[tuple[int, ...], tuple[int, ...]] = ((4, 10), (16, 32))
+    switch_rate: float = 0.01  # how often each wave's period changes: every 100 steps on average
+    noise: float = 0.25  # standard deviation of the white noise; both waves have amplitude 1
     # steps that the model sees before the one it predicts; of a short series a tenth
     window: int = 50
-    stride: int = 3  # every third window is trained on: neighbours are nearly the same
+    # every third window is trained on, which saves time and costs accuracy; a stride that shares a
+    # factor with a period would never see some phases
+    stride: int = 3
     hidden_dim: int = 32
     n_layers: int = 2
     dropout: float = 0.0
-    training: Training = Training(batch_size=64, lr_factor=0.4, lr_patience=0, patience=3)
+    training: Training = Training(epochs=100, batch_size=128, lr_factor=0.4)
 
 
 # every number that the results depend on but seed and rate, by task
@@ -221,7 +227,8 @@ QUICK: Config = {
     "forecaster": ForecasterConfig(n_steps=1100, hidden_dim=16, training=Training(epochs=2)),
 }
 DEFAULT_SEEDS = (42, 43, 44)
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the middle four are the grid of --tune
+# the middle four are the grid of --tune, the others are tried where the best is at its edge
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 # ======================================================================================
 # Datasets
@@ -387,14 +394,13 @@ NEGATIVE = """bad dull wooden clumsy boring awful shallow lazy tedious bland noi
     weak cold""".split()
 ASPECTS = """plot acting script music camera pacing ending dialogue cast score editing humour story
     drama lighting costume""".split()
-AFFIRMATIONS, NEGATIONS = (
-    "was is felt seemed looked stayed".split(),
-    "wasn't isn't never hardly".split(),
-)
+OTHERS = "critics friends viewers neighbours".split()
+JUDGED = "called found thought considered".split()
+OTHERS_FOLLOW = "opinions of others follow"
+ASIDES_FOLLOW = "asides alone follow"
 CONJUNCTIONS = "while as when because and then but until where after".split()
 VERBS = """waits returns sings leaves dreams runs hides wins falls listens smiles drives fights
     dances writes travels""".split()
-TRIUMPHS, FAILURES = "triumph delight treat".split(), "failure disaster bore".split()
 CHARACTERS = """hero heroine villain detective stranger doctor soldier widow orphan priest thief
     reporter queen butler cousin everyone nobody somebody he she""".split()
 NAME_HEADS = """ald alder ash barn beck birch black bright brook buck burn carl chart clay cold crow
@@ -414,95 +420,95 @@ NAME_TAILS = """acre bank beck berg bourne bridge brook burn bury by church clif
 
 @dataclass(frozen=True)
 class Reviews:
-    """Labelled texts and, where they were generated, the evidence that was put into each."""
+    """Labelled texts and, where they were generated, what decides in each."""
 
     texts: Sequence[str]
     labels: np.ndarray  # (N,): 0 to K - 1
     names: Sequence[str] = ("negative", "positive")  # of the K labels
-    # (N,) of positive against negative, given all that depends on the label
-    log_odds: np.ndarray | None = None
-    praised: np.ndarray | None = None  # (N,): the closing verdict is positive
+    # a row per text: `favourable`, whether the opinion that counts is; `reversed`, the text with
+    # that opinion turned round; `distance`, the words after it; `role`, who speaks after it
+    known: DataFrame | None = None
 
 
 def generate_reviews(config, rng):
-    """Synthetic reviews in which the evidence is scattered over the whole text and has to be added
-    up.
+    """Synthetic reviews by writers who change their minds: only the writer's own last opinion
+    counts.
 
-    A review is a sequence of three-word phrases and a closing verdict; a third are short, the
-    others long. An `opinion_rate` of the phrases are opinions ("plot was moving"), a
-    `negation_rate` of them put as the negation of the opposite ("plot wasn't dull"); the rest tell
-    of characters ("while nobody waits"), a `name_rate` of them by one of 300,000 Zipf-distributed
-    surnames. Each opinion agrees with the label with a probability drawn per review from `clarity`;
-    the closing verdict ("in all a triumph") agrees with it `verdict_reliability` of the time.
+    A review is a sequence of phrases: opinions of the writer ("I found plot moving") and of others
+    ("critics found plot dull"), among asides ("while nobody waits"), a `name_rate` of which hold
+    one of 300,000 Zipf-distributed surnames. A quarter of the reviews are short. The writer's last
+    opinion agrees with the label `reliability` of the time; every other opinion is random. A
+    `concluding_rate` of the reviews end with it. In the rest its distance from the end is
+    log-uniform: about as often 1 or 2 phrases as 4 to 7 or 16 to 31.
 
-    Why the models differ: the verdict stands at the end, and reading it takes no memory. The
-    opinions are worth more, but have to be told from the asides and added up over as many as 195
-    words: gated cells can keep a sum while they pass over what does not matter (Hochreiter &
-    Schmidhuber 1997). Negation is invisible to a bag of words.
+    What the task asks for: one fact decides. It has to be kept for up to 170 words, not to be
+    mistaken for the opinions of others, and to be replaced when the writer speaks again. Which
+    words occur says little, for every other opinion looks the same.
     """
-    n_reviews, (least, most) = config.n_reviews, config.phrases
+    n_reviews = config.n_reviews
+    least, most = config.phrases
     labels = rng.permutation(np.arange(n_reviews) % 2)
-    # without these, an LSTM took many epochs to find what an opinion is
-    is_short = rng.random(n_reviews) < 1 / 3
-    short, long = (
-        rng.integers(least, least + 9, n_reviews),
-        rng.integers(most - 10, most + 1, n_reviews),
-    )
+    is_short = rng.random(n_reviews) < 0.25
+    short = rng.integers(least, least + 9, n_reviews)
+    long = rng.integers(most - 10, most + 1, n_reviews)
     n_phrases = np.where(is_short, short, long)
-    # (n,): the review of each phrase
-    owner, n = (
-        np.repeat(np.arange(n_reviews), n_phrases),
-        n_phrases.sum(),
-    )
-    clarity = rng.uniform(*config.clarity, n_reviews)
-    favourable = (rng.random(n) < clarity[owner]) == (labels[owner] == 1)
-    is_opinion = rng.random(n) < config.opinion_rate
-    # an opinion for each phrase, some put as the negation of the opposite
-    negated = rng.random(n) < config.negation_rate
-    adjectives = np.where(favourable != negated, rng.choice(POSITIVE, n), rng.choice(NEGATIVE, n))
-    verbs = np.where(negated, rng.choice(NEGATIONS, n), rng.choice(AFFIRMATIONS, n))
-    opinions = rng.choice(ASPECTS, n).astype(object) + " " + verbs + " " + adjectives
-    # an aside for each phrase, which says nothing about the film's worth
-    named, shape = (
-        rng.random(n) < config.name_rate,
-        (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS)),
-    )
-    rank = (math.prod(shape) ** rng.random(n)).astype(
-        int
-    ) - 1  # a log-uniform rank is Zipf-distributed
+    n = n_phrases.sum()
+    owner = np.repeat(np.arange(n_reviews), n_phrases)  # (n,): the review of each phrase
+    ends = n_phrases.cumsum()
+
+    # the place of the opinion that counts; counted from the end, 1 is the last phrase
+    back = (n_phrases ** rng.random(n_reviews)).astype(int)
+    last = ends - np.where(rng.random(n_reviews) < config.concluding_rate, 1, back)
+    is_own = (rng.random(n) < config.own_rate) & (np.arange(n) < last[owner])
+    is_own[last] = True
+    is_opinion = is_own | (rng.random(n) < config.others_rate)
+
+    # an opinion for each phrase: random, but for those that count
+    favourable = rng.random(n) < 0.5
+    favourable[last] = (rng.random(n_reviews) < config.reliability) == (labels == 1)
+    speakers = np.where(is_own, "I", rng.choice(OTHERS, n)).astype(object)
+    opinions = speakers + " " + rng.choice(JUDGED, n) + " " + rng.choice(ASPECTS, n) + " "
+    praise = opinions + rng.choice(POSITIVE, n)
+    blame = opinions + rng.choice(NEGATIVE, n)
+
+    # an aside for each phrase
+    is_named = rng.random(n) < config.name_rate
+    shape = (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS))
+    # a log-uniform rank is Zipf-distributed
+    rank = (math.prod(shape) ** rng.random(n)).astype(int) - 1
     # a prime: neighbours in rank do not look alike
     parts = np.unravel_index(rank * 7919 % math.prod(shape), shape)
     surnames = [
         NAME_HEADS[head] + NAME_MIDDLES[middle] + NAME_TAILS[tail]
         for tail, middle, head in zip(*parts)
     ]
-    who = np.where(named, surnames, rng.choice(CHARACTERS, n))
-    asides = rng.choice(CONJUNCTIONS, n).astype(object) + " " + who + " " + rng.choice(VERBS, n)
-    # each review's phrases and its verdict, in sentences of a few phrases: the tokenizer takes
-    # their ends out again
-    praised = (rng.random(n_reviews) < config.verdict_reliability) == (labels == 1)
-    verdicts = np.where(
-        praised, rng.choice(TRIUMPHS, n_reviews), rng.choice(FAILURES, n_reviews)
-    ).astype(object)
-    phrases = np.insert(
-        np.where(is_opinion, opinions, asides), n_phrases.cumsum(), "in all a " + verdicts
+    characters = np.where(is_named, surnames, rng.choice(CHARACTERS, n))
+    asides = rng.choice(CONJUNCTIONS, n).astype(object) + " " + characters
+    asides += " " + rng.choice(VERBS, n)
+
+    # sentences of a few phrases: the tokenizer takes their ends out again
+    marks = np.where(rng.random(n) < 0.4, ". ", ", ")
+    marks[ends - 1] = ".\n"
+
+    def compose(favourable):
+        phrases = np.where(is_opinion, np.where(favourable, praise, blame), asides)
+        text = "".join(phrases + marks)
+        return re.sub(r"(?m)(^|\. )\w", lambda start: start[0].upper(), text).splitlines()
+
+    turned = favourable.copy()
+    turned[last] = ~favourable[last]
+    words = np.where(is_opinion, 4, 3).cumsum()
+    opinions_before = is_opinion.cumsum()
+    others_follow = opinions_before[ends - 1] > opinions_before[last]
+    known = DataFrame(
+        {
+            "favourable": favourable[last],
+            "reversed": compose(turned),
+            "distance": words[ends - 1] - words[last],
+            "role": np.where(others_follow, OTHERS_FOLLOW, ASIDES_FOLLOW),
+        }
     )
-    marks = np.where(rng.random(len(phrases)) < 0.4, ". ", ", ")
-    marks[(n_phrases + 1).cumsum() - 1] = ".\n"
-    texts = re.sub(
-        r"(?m)(^|\. )\w", lambda start: start[0].upper(), "".join(phrases + marks)
-    ).splitlines()
-    # Bayes' rule for a reader who gets every opinion right: favourable opinions and the verdict are
-    # all that depends on the label, so no classifier can be right more often, on average, than the
-    # sign of these log odds
-    for_it = np.bincount(owner[is_opinion & favourable], minlength=n_reviews)[:, None]
-    against = np.bincount(owner[is_opinion & ~favourable], minlength=n_reviews)[:, None]
-    clarity = np.linspace(*config.clarity, 201)  # uniform prior, integrated on a grid
-    positive = np.mean(clarity**for_it * (1 - clarity) ** against, axis=1)
-    negative = np.mean(clarity**against * (1 - clarity) ** for_it, axis=1)
-    verdict = math.log(config.verdict_reliability / (1 - config.verdict_reliability))
-    log_odds = np.log(positive / negative) + np.where(praised, verdict, -verdict)
-    return Reviews(texts, labels, log_odds=log_odds, praised=praised)
+    return Reviews(compose(favourable), labels, known=known)
 
 
 # --- corpus ---------------------------------------------------------------------------
@@ -590,7 +596,8 @@ def generate_corpus(config, rng):
 
     A row per word: `word`; given the full state of the grammar, the `likeliest` word, its
     `probability` and the `entropy` (nats); and of an object, or of a verb where no phrase could
-    have come instead, `role` and `distance`, the words back to its subject.
+    have come instead, `role` and `distance`, the words back to its subject. With `other_subject`
+    in its place `other_word` would be the favourite, more probable by `effect`.
     """
     subjects = corpus_subjects()
     rows = []
@@ -605,15 +612,23 @@ def generate_corpus(config, rng):
                 "likeliest": words[probabilities.argmax()],
                 "probability": probabilities.max(),
                 "entropy": -(probabilities * np.log(probabilities)).sum(),
-                "role": "",
-                "distance": 0,
             }
         )
         return word
 
+    nouns = list(subjects)
+
     def mark(role, subject_at):
+        place = nouns.index(rows[subject_at]["word"])
+        # of the same area and number, five nouns each; it has another favourite verb and object
+        other = nouns[place // 5 * 5 + (place + 2) % 5]
+        words = subjects[other].verbs if role == "verb" else subjects[other].objects
+        rate = config.favourite_rate
         rows[-1]["role"] = role
         rows[-1]["distance"] = len(rows) - 1 - subject_at
+        rows[-1]["other_subject"] = other
+        rows[-1]["other_word"] = words[subjects[other].rank % len(words)]
+        rows[-1]["effect"] = rate - (1 - rate) / (len(words) - 1)
 
     while len(rows) < config.n_words:
         draw({"the": 1.0})
@@ -650,49 +665,74 @@ def generate_corpus(config, rng):
 # --- series ---------------------------------------------------------------------------
 
 
+def generate_wave(periods, switch_rate, n_steps, rng):
+    """A sine whose period switches at random, its phase continuous, and where it switches.
+
+    The phase moves on a grid of lcm(periods) positions. Both (n_steps,).
+    """
+    positions = math.lcm(*periods)
+    switches = rng.random(n_steps) < switch_rate
+    moves = np.where(switches, rng.integers(1, len(periods), n_steps), 0)
+    which = (rng.integers(len(periods)) + moves.cumsum()) % len(periods)
+    speed = positions // np.array(periods)
+    phase = (rng.integers(positions) + speed[which].cumsum()) % positions
+    return np.sin(2 * np.pi * phase / positions), switches
+
+
 def generate_series(config, rng):
-    """A sine whose period switches at random among a few, its phase continuous, plus white noise:
-    (N,).
+    """A fast and a slow wave, whose periods switch at random, plus white noise.
 
-    Why the task asks for more than a linear filter: a linear autoregression has one set of weights
-    for all periods and cannot tell which one holds now. The best forecast weighs the periods by how
-    well they explain the window, and that is not linear in the window. The phase moves on a grid of
-    lcm(periods) positions, so that the best forecast can be computed exactly: `best_forecasts`.
+    A row per step: `value`, and `distance`, the steps since a period switched.
+
+    What the task asks for: the window has to tell which of the periods hold now, and at which
+    phase. A linear autoregression has one set of weights for all periods; the slow wave takes more
+    steps to be seen than the fast one. The grid of phases lets the best forecast be computed
+    exactly: `best_forecasts`.
     """
-    k, positions = len(config.periods), math.lcm(*config.periods)
-    moves = np.where(
-        rng.random(config.n_steps) < config.switch_rate, rng.integers(1, k, config.n_steps), 0
-    )
-    which = (rng.integers(k) + moves.cumsum()) % k
-    phase = (
-        rng.integers(positions) + (positions // np.array(config.periods))[which].cumsum()
-    ) % positions
-    return config.amplitude * np.sin(2 * np.pi * phase / positions) + rng.normal(
-        0, config.noise, config.n_steps
-    )
+    waves = []
+    switches = []
+    for periods in config.periods:
+        wave, switched = generate_wave(periods, config.switch_rate, config.n_steps, rng)
+        waves.append(wave)
+        switches.append(switched)
+    steps = np.arange(config.n_steps)
+    last_switch = np.maximum.accumulate(np.where(np.logical_or(*switches), steps, 0))
+    values = sum(waves) + rng.normal(0, config.noise, config.n_steps)
+    return DataFrame({"value": values, "distance": steps - last_switch})
 
 
+@torch.no_grad()
 def best_forecasts(windows, config):
-    """The mean of the next value given each window (N, T) of a generated series, for whoever knows
-    the generator: (N,).
+    """The mean of the next value given each window (N, T) of a generated series: (N,).
 
-    The forward filter of a hidden Markov model (Rabiner 1989) over (period, phase), uniform at the
-    window's start. No forecast from the same window has a lower expected squared error (of the
-    absolute one, the median has the least).
+    The forward filter of a hidden Markov model (Rabiner 1989) over period and phase of both waves,
+    uniform at the window's start. No forecast from the same window has a lower expected squared
+    error (of the absolute one, the median has the least).
     """
-    k, positions = len(config.periods), math.lcm(*config.periods)
-    wave = config.amplitude * np.sin(2 * np.pi * np.arange(positions) / positions)
-    belief = np.ones((len(windows), k, positions))
-    for values in windows.T:
-        # what is seen
-        belief *= np.exp(-0.5 * ((values[:, None] - wave) / config.noise) ** 2)[:, None]
-        belief /= belief.sum(axis=(1, 2), keepdims=True)
-        others = belief.sum(axis=1, keepdims=True) - belief
-        # the period may switch
-        belief = (1 - config.switch_rate) * belief + config.switch_rate * others / (k - 1)
-        for i, period in enumerate(config.periods):
-            belief[:, i] = np.roll(belief[:, i], positions // period, axis=1)
-    return belief.sum(axis=1) @ wave
+    positions = [math.lcm(*periods) for periods in config.periods]
+    waves = [torch.sin(2 * math.pi * torch.arange(n) / n) for n in positions]
+    value = waves[0][:, None] + waves[1]  # (P, Q): fast and slow positions
+    sizes = [(len(periods), n) for periods, n in zip(config.periods, positions)]
+    forecasts = []
+    for batch in torch.as_tensor(windows, dtype=torch.float32).split(64):
+        belief = torch.ones(len(batch), *sizes[0], *sizes[1])  # (B, periods, P, periods, Q)
+        for values in batch.T:
+            # what is seen
+            likelihood = torch.exp(-0.5 * ((values[:, None, None] - value) / config.noise) ** 2)
+            belief *= likelihood[:, None, :, None, :]
+            belief /= belief.sum(dim=(1, 2, 3, 4), keepdim=True)
+            # the periods may switch, and the phases go on
+            for axis, periods, n in zip((1, 3), config.periods, positions):
+                others = belief.sum(dim=axis, keepdim=True) - belief
+                switched = config.switch_rate * others / (len(periods) - 1)
+                belief = (1 - config.switch_rate) * belief + switched
+                moved = [
+                    part.roll(n // period, dims=axis)
+                    for part, period in zip(belief.unbind(axis), periods)
+                ]
+                belief = torch.stack(moved, dim=axis)
+        forecasts.append((belief.sum(dim=(1, 3)) * value).sum(dim=(1, 2)))
+    return torch.cat(forecasts).numpy()
 
 
 # ======================================================================================
@@ -870,12 +910,17 @@ def read_series(text, column=""):
 # one, `loss` and `score`, as the task defines them.
 Answers = DataFrame
 MAJORITY = "majority class"
+MOST_WEIGHTS = 2_000_000  # of the log-linear model
+MOST_PAIRS = 1_000_000_000  # of windows that nearest neighbours compare
 
 
-def label_answers(logits, labels):
-    """Who answers with `logits` (N, K) where `labels` (N,) are right: cross-entropy and hits."""
-    log_probabilities = logits - np.logaddexp.reduce(logits, axis=1)[:, None]
-    answer = logits.argmax(axis=1)
+def label_answers(logits, labels, first=0):
+    """Who answers with `logits` (N, K) where `labels` (N,) are right: cross-entropy and hits.
+
+    Ids below `first` are no answers.
+    """
+    log_probabilities = torch.as_tensor(logits).log_softmax(dim=1).numpy()
+    answer = logits[:, first:].argmax(axis=1) + first
     rows = np.arange(len(labels))
     return Answers(
         {
@@ -894,21 +939,63 @@ def value_answers(forecasts, test):
     return Answers({"answer": relative, "loss": errors**2, "score": np.abs(errors)})
 
 
-def review_baselines(train, test, vocab_size):
-    """The majority class; multinomial naive Bayes (Manning, Raghavan & Schuetze 2008, ch. 13)."""
-    ids = train.inputs.cpu().numpy()
-    labels = train.targets[:, 0].long().cpu().numpy()
-    truth = test.targets[:, 0].long().cpu().numpy()
+def on_cpu(*datasets):
+    """The datasets with all of their tensors on the CPU."""
+    return [SequenceDataset(d.inputs.cpu(), d.targets.cpu(), d.lengths) for d in datasets]
+
+
+def word_groups(dataset, n, last, vocab_size):
+    """The groups of `n` neighbouring words among the `last` of each text: their rows, and a number
+    for each.
+    """
+    ids = dataset.inputs.numpy()
+    width = ids.shape[1] - n + 1
+    groups = sum(ids[:, i : i + width] * vocab_size**i for i in range(n))
+    ends = np.arange(n, n + width)
+    lengths = dataset.lengths.numpy()[:, None]
+    rows, places = np.nonzero((ends <= lengths) & (ends > lengths - last))
+    return rows, groups[rows, places]
+
+
+def naive_bayes(train, validation, test, n, vocab_size):
+    """Multinomial naive Bayes on groups of `n` words (Manning, Raghavan & Schuetze 2008, ch. 13).
+
+    How many words at the end of a text count, and the temperature by which the log odds are
+    divided (Guo et al. 2017), are those of the lowest loss on `validation`.
+    """
+    labels, known, truth = (
+        dataset.targets[:, 0].long().numpy() for dataset in (train, validation, test)
+    )
     n_labels = max(2, truth.max() + 1)
     prior = np.log(np.bincount(labels, minlength=n_labels) + 1)
-    evidence = []
-    for label in range(len(prior)):
-        counts = np.bincount(ids[labels == label].ravel(), minlength=vocab_size)[1:] + 1.0
-        weights = np.append(0.0, np.log(counts / counts.sum()))  # padding weighs nothing
-        evidence.append(weights[test.inputs.cpu().numpy()].sum(axis=1))
+    lowest = math.inf
+    for last in (5, 10, 20, 50, sys.maxsize):
+        rows, groups = word_groups(train, n, last, vocab_size)
+        counts = pd.crosstab(groups, labels[rows]).reindex(columns=range(n_labels), fill_value=0)
+        weights = np.log((counts + 1.0) / (counts + 1.0).sum())
+        log_odds = []
+        for dataset in (validation, test):
+            rows, groups = word_groups(dataset, n, last, vocab_size)
+            evidence = weights.reindex(groups, fill_value=0.0).groupby(rows).sum()
+            evidence = evidence.reindex(range(len(dataset)), fill_value=0.0).to_numpy()
+            log_odds.append(prior + evidence)
+        for temperature in np.geomspace(0.1, 100, 61):
+            loss = label_answers(log_odds[0] / temperature, known)["loss"].mean()
+            if loss < lowest:
+                lowest = loss
+                answers = label_answers(log_odds[1] / temperature, truth)
+    return answers
+
+
+def review_baselines(train, validation, test, vocab_size):
+    """The majority class; naive Bayes on words and on pairs of neighbouring words."""
+    parts = on_cpu(train, validation, test)
+    labels, _, truth = (part.targets[:, 0].long().numpy() for part in parts)
+    prior = np.log(np.bincount(labels, minlength=max(2, truth.max() + 1)) + 1)
     return {
         MAJORITY: label_answers(np.tile(prior, (len(truth), 1)), truth),
-        "naive Bayes": label_answers(prior + np.stack(evidence, axis=1), truth),
+        "naive Bayes, words": naive_bayes(*parts, n=1, vocab_size=vocab_size),
+        "naive Bayes, word pairs": naive_bayes(*parts, n=2, vocab_size=vocab_size),
     }
 
 
@@ -948,10 +1035,54 @@ class NGram:
         return (counts[word] + len(counts) * lower) / (counts.total() + len(counts))
 
 
-def corpus_baselines(train, test, vocab_size):
-    """Unigram, bigram and trigram on the windows of `test`."""
+def log_linear(train, validation, test, vocab_size, batch_size=256, epochs=60, patience=3):
+    """Softmax regression of the next word on the words of the window by position; no hidden layer.
+
+    Ridge penalty and number of epochs are chosen by the loss on `validation`. Rarer words than the
+    weights suffice for count as unknown.
+    """
+    window = train.inputs.shape[1]
+    n_words = max(2, min(vocab_size, MOST_WEIGHTS // (window * vocab_size)))
+    places = n_words * torch.arange(window)
+
+    @torch.no_grad()
+    def answers(model, dataset):
+        parts = []
+        for rows in torch.arange(len(dataset)).split(2048):
+            inputs, targets = dataset.batch(rows)
+            logits = model(torch.where(inputs < n_words, inputs, 1) + places)
+            parts.append(label_answers(logits.numpy(), targets.numpy(), first=2))
+        return pd.concat(parts, ignore_index=True)
+
+    lowest = math.inf
+    for penalty in (3e-5, 1e-4, 3e-4):
+        model = nn.EmbeddingBag(window * n_words, vocab_size, mode="sum")
+        nn.init.zeros_(model.weight)
+        optimizer = optim.Adam(model.parameters(), lr=0.01, weight_decay=penalty, fused=True)
+        generator = torch.Generator().manual_seed(0)
+        losses = []
+        for _ in range(epochs):
+            for rows in torch.randperm(len(train), generator=generator).split(batch_size):
+                inputs, targets = train.batch(rows)
+                logits = model(torch.where(inputs < n_words, inputs, 1) + places)
+                optimizer.zero_grad()
+                F.cross_entropy(logits, targets).backward()
+                optimizer.step()
+            losses.append(answers(model, validation)["loss"].mean())
+            if losses[-1] < lowest:
+                lowest = losses[-1]
+                best = copy.deepcopy(model)
+            if min(losses) < min(losses[-patience:]):
+                break
+    return answers(best, test)
+
+
+def corpus_baselines(train, validation, test, vocab_size):
+    """Unigram, bigram and trigram on the windows of `test`, and the log-linear model."""
+    train, validation, test = on_cpu(train, validation, test)
     last_two = [tuple(words) for words in test.inputs[:, -2:].tolist()]
-    model = NGram(train, 3, vocab_size, set(last_two))
+    ids = [*train.inputs[0].tolist(), *train.targets.tolist()]  # the text
+    model = NGram(ids, 3, vocab_size, set(last_two))
     targets = test.targets.tolist()
     baselines = {}
     for n, name in enumerate(("unigram", "bigram", "trigram")):
@@ -966,6 +1097,7 @@ def corpus_baselines(train, test, vocab_size):
                 "score": np.equal(likeliest, targets).astype(float),
             }
         )
+    baselines["log-linear"] = log_linear(train, validation, test, vocab_size)
     return baselines
 
 
@@ -993,9 +1125,50 @@ def season_of(windows):
     return high[0] + 1 if high else None
 
 
-def series_baselines(train, test):
-    """Persistence, the value a season ago, and least squares on about `MOST_WINDOWS` windows."""
-    windows = test.inputs[:, :, 0].cpu()
+def nearest_neighbours(train, windows, length, most):
+    """What followed the training windows whose last `length` values are nearest to those given.
+
+    Levels are taken out of all windows (N, T, 1). Returns forecasts (most, N): row n - 1 is the
+    mean of n neighbours.
+    """
+    ends = train.inputs[:, -length:, 0]
+    levels = ends.mean(dim=1)
+    rises = train.targets[:, 0] - levels
+    forecasts = []
+    for batch in windows[:, -length:, 0].split(256):
+        level = batch.mean(dim=1)
+        distances = torch.cdist(batch - level[:, None], ends - levels[:, None])
+        nearest = distances.topk(most, largest=False).indices  # (B, most)
+        means = rises[nearest].cumsum(dim=1) / torch.arange(1, most + 1)
+        forecasts.append(level + means.T)
+    return torch.cat(forecasts, dim=1)
+
+
+def best_neighbours(train, validation, test):
+    """Nearest neighbours on windows, their length and number chosen on 500 windows of
+    `validation`.
+    """
+    step = math.ceil(len(train) * len(test) / MOST_PAIRS)
+    train = SequenceDataset(train.inputs[::step], train.targets[::step], train.lengths[::step])
+    most = min(64, len(train))
+    step = math.ceil(len(validation) / 500)
+    targets = validation.targets[::step, 0]
+    window = train.inputs.shape[1]
+    found = {}
+    for length in (*(n for n in (2, 4, 6, 8, 12, 16, 24, 32) if n < window), window):
+        forecasts = nearest_neighbours(train, validation.inputs[::step], length, most)
+        errors = (forecasts - targets).square().mean(dim=1)  # (most,)
+        found[length] = errors.min().item(), errors.argmin().item()
+    length = min(found, key=found.get)
+    return nearest_neighbours(train, test.inputs, length, most)[found[length][1]]
+
+
+def series_baselines(train, validation, test):
+    """Persistence, the value a season ago, least squares on about `MOST_WINDOWS` windows, and
+    nearest neighbours.
+    """
+    train, validation, test = on_cpu(train, validation, test)
+    windows = test.inputs[:, :, 0]
     forecasts = {"persistence": windows[:, -1]}
     season = season_of(train)
     if season:
@@ -1003,10 +1176,11 @@ def series_baselines(train, test):
     # in torch, on one thread: NumPy's last digits depend on the number of threads; gelsd takes any
     # rank
     step = math.ceil(len(train) / MOST_WINDOWS)
-    design = F.pad(train.inputs[:, :, 0].cpu()[::step].double(), (0, 1), value=1.0)  # (N, T + 1)
-    targets = train.targets.cpu()[::step].double()
+    design = F.pad(train.inputs[::step, :, 0].double(), (0, 1), value=1.0)  # (N, T + 1)
+    targets = train.targets[::step].double()
     weights = torch.linalg.lstsq(design, targets, driver="gelsd").solution[:, 0]
     forecasts["linear autoregression"] = windows.double() @ weights[:-1] + weights[-1]
+    forecasts["nearest neighbours"] = best_neighbours(train, validation, test)
     return {name: value_answers(forecast.numpy(), test) for name, forecast in forecasts.items()}
 
 
@@ -1015,15 +1189,24 @@ def series_baselines(train, test):
 # ======================================================================================
 
 
+@torch.no_grad()
+def near_identity_(weight):
+    """0.9 times the identity: the state fades slowly (after Le et al. 2015).
+
+    Beside an orthogonal matrix (Saxe et al. 2014) it was measured to be better for the next word,
+    above all for a vanilla RNN, as good for reviews, and for a vanilla RNN worse on series.
+    """
+    return nn.init.eye_(weight).mul_(0.9)
+
+
 class Recurrent(nn.Module):
     """A stock recurrent layer that returns the state of its top layer after the last real step.
 
-    Recurrent weights start orthogonal, one block per gate (Saxe et al. 2014), input weights
-    Glorot-uniform, biases at 0. With a `keep_bias` the gates start out keeping the state (Tallec &
-    Ollivier 2018), in both gated cells alike; a vanilla RNN has no such gate.
+    `start` fills the recurrent weights, one block per gate, unless the cell has a start of its own.
+    Input weights are Glorot-uniform, biases 0. No gate starts open: measured, it helps no cell.
     """
 
-    def __init__(self, cell, input_dim, hidden_dim, n_layers, dropout, keep_bias=0.0):
+    def __init__(self, cell, input_dim, hidden_dim, n_layers, dropout, start):
         super().__init__()
         between_layers = dropout if n_layers > 1 else 0.0
         self.rnn = cell.layer(
@@ -1033,14 +1216,11 @@ class Recurrent(nn.Module):
             gates = weight.detach().split(hidden_dim)  # views: to fill them is to fill the weight
             for gate in gates:
                 if name.startswith("weight_hh"):
-                    nn.init.orthogonal_(gate)
+                    (cell.start or start)(gate)
                 elif name.startswith("weight_ih"):
                     nn.init.xavier_uniform_(gate)
                 else:
                     nn.init.zeros_(gate)
-            if name.startswith("bias_ih"):
-                for place, sign in cell.keep_gates.items():
-                    gates[place].fill_(sign * keep_bias)
 
     def forward(self, inputs, last=None):
         """`last` (B,): index of each sequence's last real step; without it, the last of all."""
@@ -1114,9 +1294,8 @@ class Classifier(SequenceModel):
             if not self.embedding.weight.is_meta:
                 self.embedding.weight.normal_(std=0.1)
             self.embedding.weight[0] = 0.0
-        # measured: with 3 both gated cells learn to read 200 words; in the other tasks 0 is better
         self.recurrent = Recurrent(
-            self.cell, embed_dim, hidden_dim, n_layers, dropout, keep_bias=3.0
+            self.cell, embed_dim, hidden_dim, n_layers, dropout, start=near_identity_
         )
         self.dropout = nn.Dropout(dropout)
         to_probabilities = nn.Sigmoid() if output_dim == 1 else nn.Softmax(dim=1)
@@ -1165,7 +1344,9 @@ class Predictor(SequenceModel):
     def __init__(self, vocab_size, embed_dim, hidden_dim, n_layers=1, dropout=0.2):
         super().__init__()
         self.embedding = new_embedding(vocab_size, embed_dim)
-        self.recurrent = Recurrent(self.cell, embed_dim, hidden_dim, n_layers, dropout)
+        self.recurrent = Recurrent(
+            self.cell, embed_dim, hidden_dim, n_layers, dropout, start=near_identity_
+        )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden_dim, vocab_size)
 
@@ -1220,7 +1401,9 @@ class Forecaster(SequenceModel):
 
     def __init__(self, input_dim, hidden_dim, output_dim, n_layers=2, dropout=0.2):
         super().__init__()
-        self.recurrent = Recurrent(self.cell, input_dim, hidden_dim, n_layers, dropout)
+        self.recurrent = Recurrent(
+            self.cell, input_dim, hidden_dim, n_layers, dropout, start=nn.init.orthogonal_
+        )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Sequential(
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, output_dim)
@@ -1290,6 +1473,12 @@ class GRUClassifier(Classifier):
     cell = CELLS["GRU"]
 
 
+class IRNNClassifier(Classifier):
+    """Text classifier on an RNN of ReLU units that starts as the identity (Le et al. 2015)."""
+
+    cell = CELLS["IRNN"]
+
+
 class RNNPredictor(Predictor):
     """Next-word predictor on a vanilla RNN with tanh units (Elman 1990)."""
 
@@ -1308,6 +1497,12 @@ class GRUPredictor(Predictor):
     cell = CELLS["GRU"]
 
 
+class IRNNPredictor(Predictor):
+    """Next-word predictor on an RNN of ReLU units that starts as the identity (Le et al. 2015)."""
+
+    cell = CELLS["IRNN"]
+
+
 class RNNForecaster(Forecaster):
     """Forecaster on a vanilla RNN with tanh units (Elman 1990)."""
 
@@ -1324,6 +1519,12 @@ class GRUForecaster(Forecaster):
     """Forecaster on gated recurrent units (Cho et al. 2014)."""
 
     cell = CELLS["GRU"]
+
+
+class IRNNForecaster(Forecaster):
+    """Forecaster on an RNN of ReLU units that starts as the identity (Le et al. 2015)."""
+
+    cell = CELLS["IRNN"]
 
 
 # --- saving and loading ---------------------------------------------------------------
@@ -1439,10 +1640,19 @@ def describe_layers(model, inputs):
 # Tasks
 # ======================================================================================
 
-# what the generators know of a test example, as columns of `TaskData.examples`
-AGREES = "agrees with the label"
-CONTRADICTS = "contradicts the label"
-FULL_STATE = "full state"  # of the grammar: the ceiling of the next word
+SHIFT = 0.25  # of one value of a window, in units of the targets: the change of a series
+LAGS = (2, 4, 8, 12, 16, 24, 32, 48)  # steps back at which a value is shifted, in turn
+
+
+class Change(NamedTuple):
+    """Test examples in which the one thing that decides was changed.
+
+    The targets are what the changed examples call for.
+    """
+
+    rows: Sequence  # of the test examples
+    before: SequenceDataset
+    after: SequenceDataset
 
 
 @dataclass(frozen=True)
@@ -1456,9 +1666,11 @@ class TaskData:
     preprocessing: Mapping  # turns words or values into inputs, and back
     facts: Mapping  # for the reader
     examples: DataFrame  # a row per test example: `truth`, what it is, what the generator knows
+    change: Change | None  # None for a user's texts
     spell: Callable  # answers (N,) to the test examples as labels, words, values
-    baselines: Callable  # called once per seed, not once per model
-    ceilings: Mapping = field(default_factory=dict)  # none for a user's data
+    # called once per seed, not once per model; there are no ceilings for a user's data
+    baselines: Callable
+    ceilings: Callable = dict
     doubts: Sequence = ()  # sentences on what may mislead
     unit: float = 1.0  # one unit of the targets, in the user's units
     offset: float = 0.0  # a target of zero, in the user's units
@@ -1466,8 +1678,12 @@ class TaskData:
     def spelled(self, kind, answers):
         """Answers to the test examples as a record holds them: lists, the answers spelled out."""
         table = DataFrame(answers)
-        table = table.assign(answer=self.spell(table["answer"]))
-        return {"kind": kind, **table.to_dict("list")}
+        return {"kind": kind, **as_lists(table.assign(answer=self.spell(table["answer"])))}
+
+
+def as_lists(table):
+    """The columns of a table as lists for JSON, which knows no nan."""
+    return table.astype(object).where(table.notna(), None).to_dict("list")
 
 
 def dealt_by_label(labels, rng):
@@ -1510,10 +1726,22 @@ def build_reviews(config, seed, device=CPU):
     truth = labels[parts[2]]
     examples = DataFrame({"truth": names[truth], "text": [reviews.texts[i] for i in tested]})
     ceilings = {}
+    change = None
     if not config.file:
-        examples["ending"] = np.where(reviews.praised[tested] == truth, AGREES, CONTRADICTS)
-        logits = np.outer(reviews.log_odds[tested], [0, 1])  # (N, 2)
-        ceilings["Bayes decision"] = label_answers(logits, truth)
+        known = reviews.known.iloc[tested].reset_index(drop=True)
+        examples = examples.assign(distance=known["distance"], role=known["role"])
+        # nothing else depends on the label: these are Bayes' odds
+        odds = math.log(config.reliability / (1 - config.reliability))
+        logits = np.outer(np.where(known["favourable"], odds, -odds), [0, 1])  # (N, 2)
+        effect = 2 * config.reliability - 1
+        ceilings["Bayes decision"] = label_answers(logits, truth).assign(effect=effect)
+        turned = [encode(tokenize(text, WORDS), vocabulary) for text in known["reversed"]]
+        called_for = 1 - known["favourable"].to_numpy(dtype=int)
+        change = Change(
+            rows=range(len(tested)),
+            before=ReviewDataset(ids[parts[2]], called_for, device),
+            after=ReviewDataset(turned, called_for, device),
+        )
     return TaskData(
         train=train,
         validation=validation,
@@ -1537,8 +1765,9 @@ def build_reviews(config, seed, device=CPU):
         },
         examples=examples,
         spell=partial(np.take, names),
-        baselines=partial(review_baselines, train, test, len(vocabulary)),
-        ceilings=ceilings,
+        change=change,
+        baselines=partial(review_baselines, train, validation, test, len(vocabulary)),
+        ceilings=lambda: ceilings,
     )
 
 
@@ -1571,15 +1800,32 @@ def build_corpus(config, seed, device=CPU):
         }
     )
     ceilings = {}
+    change = None
     if not config.file:
         known = corpus.iloc[targets].reset_index(drop=True)
         examples = examples.assign(role=known["role"], distance=known["distance"])
-        ceilings[FULL_STATE] = Answers(
+        changed = known[known["distance"] <= window]  # the subject stands in the window
+        rows = changed.index.tolist()
+        before = test.inputs[rows]
+        after = before.clone()
+        places = window - changed["distance"].to_numpy(dtype=int)
+        after[range(len(rows)), places] = torch.tensor(
+            encode(changed["other_subject"], vocabulary), device=device
+        )
+        called_for = torch.tensor(encode(changed["other_word"], vocabulary), device=device)
+        lengths = test.lengths[rows]
+        change = Change(
+            rows=rows,
+            before=SequenceDataset(before, called_for, lengths),
+            after=SequenceDataset(after, called_for, lengths),
+        )
+        ceilings["full state"] = Answers(
             {
                 "answer": encode(known["likeliest"], vocabulary),
                 "probability": known["probability"],
                 "loss": known["entropy"],
                 "score": (known["likeliest"] == known["word"]).astype(float),
+                "effect": known["effect"],
             }
         )
     trained_on = set(zip(*(train_ids[i:] for i in range(window))))
@@ -1601,8 +1847,9 @@ def build_corpus(config, seed, device=CPU):
         },
         examples=examples,
         spell=partial(np.take, list(vocabulary)),
-        baselines=partial(corpus_baselines, train_ids, test, len(vocabulary)),
-        ceilings=ceilings,
+        change=change,
+        baselines=partial(corpus_baselines, train, validation, test, len(vocabulary)),
+        ceilings=lambda: ceilings,
     )
 
 
@@ -1616,7 +1863,8 @@ def build_series(config, seed, device=CPU):
     if config.file:
         values, doubts = read_series(read_text(config.file.path), *config.file.columns)
     else:
-        values = generate_series(config, random_generator(seed, "series"))
+        series = generate_series(config, random_generator(seed, "series"))
+        values = series["value"].to_numpy(copy=True)
     window = min(config.window, max(4, len(values) // 10))
     if window < config.window:
         doubts.append(
@@ -1640,11 +1888,36 @@ def build_series(config, seed, device=CPU):
     stride = min(config.stride, math.ceil(len(every) / 1000))  # a short series can spare no window
     train = SeriesDataset(scaled[0], window, stride, device)
 
-    ceilings = {}
+    # one value of each window is shifted, at another lag from window to window
+    lags = np.resize([lag for lag in LAGS if lag <= window], len(test))
+    shift = torch.zeros_like(test.inputs)
+    shift[range(len(test)), window - lags] = SHIFT
+    change = Change(
+        rows=range(len(test)),
+        before=test,
+        # as a batch is, but the mean stays: else every value would be shifted a little
+        after=SequenceDataset(
+            centred(test.inputs) + shift, test.targets - test.inputs[:, -1], test.lengths
+        ),
+    )
+    examples = DataFrame(
+        {
+            "truth": test_values[window:],
+            "step": range(parts[2].start + window + 1, len(values) + 1),  # from 1
+            "lag": lags,
+        }
+    )
     if not config.file:
-        windows = test.inputs[:, :, 0].cpu().double().numpy() * unit + offset
-        forecasts = (best_forecasts(windows, config) - offset) / unit
-        ceilings["exact filter"] = value_answers(forecasts, test)
+        examples["distance"] = series["distance"].iloc[parts[2]].to_numpy()[window:]
+
+    def ceilings():
+        before, after = (
+            (best_forecasts(part[:, :, 0].cpu() * unit + offset, config) - offset) / unit
+            for part in (test.inputs, test.inputs + shift)
+        )
+        effect = np.abs(after - before) / SHIFT
+        return {"exact filter": value_answers(before, test).assign(effect=effect)}
+
     low = float(train_values.min())
     high = float(train_values.max())
     beyond = np.mean((test_values < low) | (test_values > high))
@@ -1671,15 +1944,11 @@ def build_series(config, seed, device=CPU):
             "window (steps)": window,
             **({"season (steps)": season} if season else {}),
         },
-        examples=DataFrame(
-            {
-                "truth": test_values[window:],
-                "step": range(parts[2].start + window + 1, len(values) + 1),  # from 1
-            }
-        ),
+        examples=examples,
+        change=change,
         spell=lambda answers: test_values[window - 1 : -1] + unit * answers,
-        baselines=partial(series_baselines, every, test),
-        ceilings=ceilings,
+        baselines=partial(series_baselines, every, validation, test),
+        ceilings=dict if config.file else ceilings,
         doubts=doubts,
         unit=unit,
         offset=offset,
@@ -1713,8 +1982,13 @@ class Task:
     metrics: Sequence  # the first is the one that the models are judged by
     answers: Mapping  # (output, target) -> (B,), for the reader
     file_option: str  # the option that names a user's file
-    hard: str = ""  # a query of the test examples: those that need memory
-    hard_title: str = ""
+    distance: str  # what `distance` of a test example is
+    edges: Sequence  # by which examples are sorted by distance: each from one to the next
+    # (evaluation before, after a change) -> (N,): how far the output follows the change
+    effect: Callable
+    effect_label: str  # for axes
+    change_place: str  # how far back the change was, for axes
+    effect_by: str = "distance"  # the column of the examples that says it
 
     def measure(self, loss, score, unit):
         """Mean loss and the task's metrics by name, in the user's units.
@@ -1743,6 +2017,11 @@ def label_score(output, target):
     return (label_probabilities(output).argmax(dim=1) == target[:, 0]).float()
 
 
+def called_for(before, after):
+    """By how much the probability of the targets rises where the examples call for them: (N,)."""
+    return np.exp(-after["loss"]) - np.exp(-before["loss"])
+
+
 def likeliest_word(output, _target=None):
     """The id (B,) of the word with the highest logit; <pad> and <unk> are no words."""
     return output[:, 2:].argmax(dim=1) + 2
@@ -1762,9 +2041,14 @@ MAE = Metric("mae", "MAE (series units)", "score", unit_power=1)
 CLASSIFIER = Task(
     name="classifier",
     title="Text classification",
-    question="Is a film review positive? Opinions are scattered over its whole length, some of "
-    "them negated, and the verdict at its end often misleads.",
-    models={"RNN": RNNClassifier, "LSTM": LSTMClassifier, "GRU": GRUClassifier},
+    question="Is a film review positive? Only the writer's own last opinion counts: it may stand "
+    "far before the end, and the opinions of others may follow.",
+    models={
+        "RNN": RNNClassifier,
+        "LSTM": LSTMClassifier,
+        "GRU": GRUClassifier,
+        "IRNN": IRNNClassifier,
+    },
     build_data=build_reviews,
     loss=label_loss,
     score=label_score,
@@ -1774,15 +2058,23 @@ CLASSIFIER = Task(
         "probability": lambda output, _: label_probabilities(output).amax(dim=1),
     },
     file_option="reviews",
-    hard="ending == @CONTRADICTS",
-    hard_title="ending contradicts the label",
+    distance="words after the opinion that counts",
+    edges=(0, 10, 25, 50, 100, math.inf),
+    effect=called_for,
+    effect_label="rise in probability of the new label\nif that opinion is reversed",
+    change_place="words after the opinion that counts",
 )
 PREDICTOR = Task(
     name="predictor",
     title="Next-word prediction",
     question="Which word comes next? Verbs and objects depend on a subject up to nine words back, "
     "past other nouns.",
-    models={"RNN": RNNPredictor, "LSTM": LSTMPredictor, "GRU": GRUPredictor},
+    models={
+        "RNN": RNNPredictor,
+        "LSTM": LSTMPredictor,
+        "GRU": GRUPredictor,
+        "IRNN": IRNNPredictor,
+    },
     build_data=build_corpus,
     loss=partial(F.cross_entropy, reduction="none"),
     score=lambda output, target: (likeliest_word(output) == target).float(),
@@ -1792,20 +2084,34 @@ PREDICTOR = Task(
         "probability": lambda output, _: output[:, 2:].softmax(dim=1).amax(dim=1),
     },
     file_option="corpus",
-    hard="distance >= 5",
-    hard_title="cue 5 or more words back",
+    distance="words back to the subject",
+    edges=(2, 4, 5, 6, 7, 8, math.inf),
+    effect=called_for,
+    effect_label="rise in probability of the new favourite\nif the subject is exchanged",
+    change_place="words back to the subject",
 )
 FORECASTER = Task(
     name="forecaster",
     title="Time-series forecasting",
-    question="What is the next value of a noisy sine whose period switches at random among three?",
-    models={"RNN": RNNForecaster, "LSTM": LSTMForecaster, "GRU": GRUForecaster},
+    question="What is the next value of two noisy sine waves whose periods switch at random?",
+    models={
+        "RNN": RNNForecaster,
+        "LSTM": LSTMForecaster,
+        "GRU": GRUForecaster,
+        "IRNN": IRNNForecaster,
+    },
     build_data=build_series,
     loss=lambda output, target: F.mse_loss(output, target, reduction="none").mean(dim=1),
     score=lambda output, target: F.l1_loss(output, target, reduction="none").mean(dim=1),
     metrics=(MSE, MAE),
     answers={"answer": lambda output, _: output[:, 0]},
     file_option="series",
+    distance="steps since a period switched",
+    edges=(0, 4, 8, 16, 32, 64, math.inf),
+    effect=lambda before, after: np.abs(after["answer"] - before["answer"]) / SHIFT,
+    effect_label="shift of the forecast, as a share\nof the shift of one value",
+    change_place="steps back to the shifted value",
+    effect_by="lag",
 )
 TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
 MATCHED = "-matched"  # marks a model whose recurrent parameters match the LSTM's
@@ -1906,7 +2212,9 @@ def new_optimizer(model, training, learning_rate):
 
 
 def train_step(model, task, optimizer, batch, training):
-    """One update, in micro-batches; returns (3,): mean loss, score, gradient norm unclipped."""
+    """One update, in micro-batches; returns (4,): mean loss and score, norm of the gradient, and 1
+    if it was clipped.
+    """
     optimizer.zero_grad(set_to_none=True)
     losses = []
     scores = []
@@ -1919,14 +2227,15 @@ def train_step(model, task, optimizer, batch, training):
         scores.append(task.score(output.detach(), targets))
     norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
     optimizer.step()
-    return torch.stack([torch.cat(losses).mean(), torch.cat(scores).mean(), norm])
+    clipped = (norm > training.clip_norm).float()
+    return torch.stack([torch.cat(losses).mean(), torch.cat(scores).mean(), norm, clipped])
 
 
 def train_epoch(model, task, optimizer, loader, training):
     """One pass over the data; returns the means of what `train_step` returns."""
     model.train()
     device = next(model.parameters()).device
-    means = torch.zeros(3, device=device)  # one transfer an epoch, not a step
+    means = torch.zeros(4, device=device)  # one transfer an epoch, not a step
     seen = 0
     for batch in loader:
         seen += len(batch[1])
@@ -1956,8 +2265,9 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
 
     Model and data must be on the same device. Returns the history, a row per epoch, which
     `on_epoch` is called with as well: `epoch`, `learning_rate`, `gradient_norm` (mean, before
-    clipping), `seconds`, and under `train` and `validation` the loss and the task's metrics; those
-    of training are running means, with dropout on. Raises Diverged when a loss is not finite.
+    clipping), `clipped` (share of the steps), `seconds`, and under `train` and `validation` the
+    loss and the task's metrics; those of training are running means, with dropout on. Raises
+    Diverged when a loss is not finite.
     """
     seed_torch(seed, "dropout")
     optimizer = new_optimizer(model, training, learning_rate)
@@ -1974,7 +2284,7 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
     for epoch in range(1, training.epochs + 1):
         start = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
-        loss, score, gradient_norm = train_epoch(model, task, optimizer, loader, training)
+        loss, score, gradient_norm, clipped = train_epoch(model, task, optimizer, loader, training)
         validation = task.measure(**evaluate(model, task, data.validation), unit=data.unit)
         losses.append(validation["loss"])
         if not math.isfinite(loss + losses[-1]):
@@ -1987,6 +2297,7 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
             "epoch": epoch,
             "learning_rate": rate,
             "gradient_norm": gradient_norm,
+            "clipped": clipped,
             "seconds": time.perf_counter() - start,
             "train": task.measure(loss, score, data.unit),
             "validation": validation,
@@ -2119,6 +2430,20 @@ def forecasts(model, data, shown=120, horizon=120, stride=10):
     }
 
 
+def effect_of_change(model, task, data):
+    """How far the output follows a change of what decides: (N,), nan for unchanged examples.
+
+    A model that does not keep what was changed gives 0.
+    """
+    effect = np.full(len(data.test), math.nan)
+    if data.change:
+        rows, before, after = data.change
+        effect[rows] = task.effect(
+            evaluate(model, task, before, task.answers), evaluate(model, task, after, task.answers)
+        )
+    return effect
+
+
 # task: (task, trained model, untrained model, data) -> what a record holds beside answers
 EVIDENCE = {
     CLASSIFIER.name: lambda task, trained, untrained, data: {
@@ -2152,16 +2477,21 @@ class Run(NamedTuple):
         rate = f" rate {self.learning_rate:g}" if self.is_tuning else ""
         return f"{self.task} {self.model} seed {self.seed}{rate}"
 
+    @property
+    def file_name(self):
+        """Of its record and its checkpoint, without the ending."""
+        name = f"{self.task}_{self.model}_seed{self.seed}"
+        return f"tuning/{name}_rate{self.learning_rate:g}" if self.is_tuning else name
+
     def record_path(self, folder):
         """Where its record is written, last of all."""
-        name = f"{self.task}_{self.model}_seed{self.seed}"
-        if self.is_tuning:
-            return folder / f"runs/tuning/{name}_rate{self.learning_rate:g}.json"
-        return folder / f"runs/{name}.json"
+        return folder / "runs" / f"{self.file_name}.json"
 
     def model_path(self, folder):
         """Where its checkpoint is written."""
-        return folder / f"models/{self.task}_{self.model}_seed{self.seed}.pt"
+        if self.is_tuning:
+            return self.record_path(folder).with_suffix(".pt")
+        return folder / "models" / f"{self.file_name}.pt"
 
 
 @dataclass(frozen=True)
@@ -2232,45 +2562,60 @@ def write_whole(path, content):
 def measure_baselines(data):
     """What the record of a seed's baselines holds: the test examples, and who needs no training."""
     answers = {name: data.spelled("baseline", each) for name, each in data.baselines().items()}
-    for name, each in data.ceilings.items():
+    for name, each in data.ceilings().items():
         answers[name] = data.spelled("ceiling", each)
     return {
         "facts": {name: float(value) for name, value in data.facts.items()},
         "doubts": list(data.doubts),
-        "examples": data.examples.to_dict("list"),
+        "examples": as_lists(data.examples),
         "answers": answers,
     }
 
 
-def try_rate(run, experiment, data, on_epoch):
-    """What the record of a tuning run holds: its history. The test part is not there."""
+def save_model(model, run, experiment, data):
+    """Write the checkpoint of a run; returns its SHA-256."""
+    model.preprocessing = data.preprocessing
+    arguments = model_arguments(run.model, experiment.config[run.task], data)
+    content = checkpoint_bytes(model, arguments)
+    write_whole(run.model_path(experiment.folder), content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def trained_model(run, experiment, data, on_epoch):
+    """The model of a run and its history; what a tuning run has trained is not trained again."""
+    tried = run._replace(is_tuning=True)
+    record = read_records(experiment.folder, "runs/tuning").get(tried)
+    if record and has_model(tried, record, experiment.folder):
+        model = load_checkpoint(tried.model_path(experiment.folder))
+        return model.to(experiment.device), record["history"]
     model = experiment.build_model(run, data)
     training = experiment.config[run.task].training
-    data = replace(data, test=None)
     history = fit(model, TASKS[run.task], data, training, run.learning_rate, run.seed, on_epoch)
-    return {"history": history}
+    return model, history
+
+
+def try_rate(run, experiment, data, on_epoch):
+    """What the record of a tuning run holds: its history. The test part is not there."""
+    model, history = trained_model(run, experiment, replace(data, test=None), on_epoch)
+    return {"history": history, "checkpoint": save_model(model, run, experiment, data)}
 
 
 def train_and_test(run, experiment, data, on_epoch):
     """What the record of a run holds: a model is trained, tested, and its checkpoint written."""
     task = TASKS[run.task]
-    config = experiment.config[run.task]
-    model = experiment.build_model(run, data)
-    history = fit(model, task, data, config.training, run.learning_rate, run.seed, on_epoch)
+    model, history = trained_model(run, experiment, data, on_epoch)
 
     # the best validation weights are back: nothing is chosen by the test part, which is opened now
     answers = evaluate(model, task, data.test, task.answers)
-    model.preprocessing = data.preprocessing
+    answers["effect"] = effect_of_change(model, task, data)
     model.metrics = task.measure(answers["loss"], answers["score"], data.unit)
-    content = checkpoint_bytes(model, model_arguments(run.model, config, data))
-    write_whole(run.model_path(experiment.folder), content)
     untrained = experiment.build_model(run, data)
     longest, _ = data.train.batch(data.train.lengths.topk(2).indices)
     return {
         "history": history,
         "answers": {run.model: data.spelled("model", answers)},
         "evidence": EVIDENCE[run.task](task, model, untrained, data),
-        "checkpoint": hashlib.sha256(content).hexdigest(),
+        "checkpoint": save_model(model, run, experiment, data),
         "parts": count_parameters(model),
         "layers": describe_layers(model, longest),
         "cost": experiment.costs[run.task][run.model],
@@ -2313,7 +2658,9 @@ def complete_run(run, experiment, on_epoch):
         "environment": environment,
         **content,
     }
-    write_whole(path, json.dumps(record))
+    write_whole(path, json.dumps(record, default=np.generic.item))  # settings may be NumPy's
+    if run.learning_rate and not run.is_tuning:  # what was tried is not needed any more
+        run._replace(is_tuning=True).model_path(experiment.folder).unlink(missing_ok=True)
 
 
 # --- many runs ------------------------------------------------------------------------
@@ -2347,12 +2694,23 @@ def serve_attempt(pipe, run, experiment):
         pipe.send(attempt(run, experiment, pipe.send))
 
 
+def start_process(process, tries=20):
+    """Start a process; the server that starts it may have died, which is noticed after a while."""
+    for left in reversed(range(tries)):
+        try:
+            return process.start()
+        except (EOFError, ConnectionError):
+            if not left:
+                raise
+            time.sleep(0.1)
+
+
 def attempt_in_child(run, experiment, on_epoch, context):
     """What `attempt` returns, from a process of its own, whose crash costs this run alone."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=serve_attempt, args=(sender, run, experiment), daemon=True)
     try:
-        process.start()
+        start_process(process)
         sender.close()
         while True:
             message = receiver.recv()
@@ -2419,19 +2777,19 @@ def complete_runs(runs, experiment):
         return {}
     workers = min(experiment.workers, len(runs))
     per_epoch = {}  # expected seconds
-    left = {}  # of the whole run, if it uses all epochs
+    left = {}  # of the whole run
     for run in runs:
         per_epoch[run] = 0.1  # the baselines, of which no cost is measured
         if run.model != BASELINES:
             per_epoch[run] = experiment.costs[run.task][run.model]["seconds_per_epoch"]
-        left[run] = per_epoch[run] * experiment.config[run.task].training.epochs
+        left[run] = per_epoch[run] * min(experiment.config[run.task].training.epochs, 20)
     # of each task and seed the baselines first, which hold the test examples, then the longest run
     tasks = experiment.tasks
     runs = sorted(runs, key=lambda r: (tasks.index(r.task), r.seed, r.model != BASELINES, -left[r]))
     total = sum(left.values())
     print(
         f"{len(runs)} runs on {experiment.device}, {workers} at a time with a thread each: about "
-        f"{tqdm.format_interval(total / workers)} if all epochs are used",
+        f"{tqdm.format_interval(total / workers)} if a run takes 20 epochs",
         file=sys.stderr,
     )
     bar = tqdm(
@@ -2448,7 +2806,7 @@ def complete_runs(runs, experiment):
         tqdm.write(line, file=sys.stderr)  # draws the bar anew
 
     def on_epoch(run, row):  # called in many threads, for a run always in the same one
-        left[run] -= per_epoch[run]
+        left[run] = max(left[run] - per_epoch[run], per_epoch[run])  # nobody knows how many follow
         metric = TASKS[run.task].metrics[0].name
         show_progress(
             f"{run}  epoch {row['epoch']:2d}  train/val "
@@ -2498,12 +2856,16 @@ def read_records(folder, subfolder="runs"):
     return dict(found[place] for place in sorted(found))
 
 
-def is_finished(run, record, folder):
-    """Whether the run has left its record, and the model that the record names, if it names one."""
-    if record is None or "checkpoint" not in record:  # baselines and tuning runs have no model
-        return record is not None
+def has_model(run, record, folder):
+    """Whether the model that the record of a run names is there, and whole."""
     path = run.model_path(folder)
     return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == record["checkpoint"]
+
+
+def is_finished(run, record, folder):
+    """Whether the run has left its record and, if it was trained and tested, its model."""
+    needs_model = run.model != BASELINES and not run.is_tuning
+    return record is not None and (not needs_model or has_model(run, record, folder))
 
 
 def unfinished(runs, folder):
@@ -2529,7 +2891,8 @@ def plain_config(config):
         values["file"] = name.decode()
         values["digest"] = config.file.digest
         values["columns"] = config.file.columns
-    return json.loads(json.dumps(values))  # tuples become lists
+    # tuples become lists, NumPy's numbers Python's
+    return json.loads(json.dumps(values, default=np.generic.item))
 
 
 def read_config(folder):
@@ -2596,38 +2959,53 @@ def tuning_table(runs, folder):
         rows.append({**run._asdict(), **best_of(history)})
     columns = ["task", "model", "learning_rate", "seed", "val_loss", "best_epoch", "epochs"]
     table = DataFrame(rows)[columns]
-    means = table.groupby(columns[:3])["val_loss"].transform("mean")
-    lowest = means.groupby([table["task"], table["model"]]).transform("min")
+    by_rate = table.groupby(columns[:3])["val_loss"]
+    of_model = [table["task"], table["model"]]
+    # only rates that were tried on all seeds can be chosen
+    seeds = by_rate.transform("size")
+    means = by_rate.transform("mean").where(seeds == seeds.groupby(of_model).transform("max"))
+    lowest = means.groupby(of_model).transform("min")
     return table.assign(chosen=(means == lowest) & np.isfinite(means))
 
 
 def tune_rates(experiment, grid):
     """Each model's learning rate, by (task, model), and the table of the runs that it comes from.
 
-    All models try one grid; a rate at its edge is followed one step outwards. A model gets no rate
-    if a run failed other than by divergence, for its rate may be the best, or if all diverged.
+    Successive halving (Jamieson & Talwalkar 2016): the first seed tries the grid, the better half
+    of the rates goes on to the other seeds, and the lowest mean validation loss wins. A best rate
+    at the edge is followed outwards until the loss rises. A model gets no rate if a run failed
+    other than by divergence, for its rate may be the best, or if all diverged.
     """
-    outwards = {
-        grid[0]: RATES[RATES.index(grid[0]) - 1],
-        grid[-1]: RATES[RATES.index(grid[-1]) + 1],
-    }
-    untried = list(product(experiment.tasks, experiment.models, grid))
+    pairs = list(product(experiment.tasks, experiment.models))
+    tried = {pair: list(grid) for pair in pairs}
+    first, *others = experiment.seeds
+    new = [Run(*pair, first, rate, is_tuning=True) for pair in pairs for rate in grid]
     runs = []
     incomplete = set()
-    while untried:
-        new = [
-            Run(task, model, seed, rate, is_tuning=True)
-            for (task, model, rate), seed in product(untried, experiment.seeds)
-        ]
-        for run, error in complete_runs(new, experiment).items():
-            if not isinstance(error, Diverged):
-                incomplete.add((run.task, run.model))
-        runs.extend(new)
-        table = tuning_table(runs, experiment.folder)
-        chosen = table.query("chosen").groupby(["task", "model"])["learning_rate"].first()
-        untried = [(*pair, outwards[rate]) for pair, rate in chosen.items() if rate in outwards]
-        outwards = {}  # one step only
-    return {pair: rate for pair, rate in chosen.items() if pair not in incomplete}, table
+    for seeds in ([first], experiment.seeds):
+        while new:
+            for run, error in complete_runs(new, experiment).items():
+                if not isinstance(error, Diverged):
+                    incomplete.add((run.task, run.model))
+            runs.extend(new)
+            table = tuning_table(runs, experiment.folder)
+            chosen = table.query("chosen").groupby(["task", "model"])["learning_rate"].first()
+            new = []
+            for pair, rate in chosen.items():
+                place = RATES.index(rate)
+                for next_rate in RATES[max(place - 1, 0) : place + 2]:
+                    if not min(tried[pair]) <= next_rate <= max(tried[pair]):
+                        tried[pair].append(next_rate)
+                        new.extend(Run(*pair, s, next_rate, is_tuning=True) for s in seeds)
+        if seeds == [first]:
+            for pair, losses in table.query("val_loss < @math.inf").groupby(["task", "model"]):
+                better = losses.nsmallest(math.ceil(len(losses) / 2), "val_loss")["learning_rate"]
+                new.extend(Run(*pair, s, rate, is_tuning=True) for s in others for rate in better)
+    rates = {pair: rate for pair, rate in chosen.items() if pair not in incomplete}
+    for run in runs:  # of the other rates the models are not needed any more
+        if rates.get((run.task, run.model), run.learning_rate) != run.learning_rate:
+            run.model_path(experiment.folder).unlink(missing_ok=True)
+    return rates, table
 
 
 # ======================================================================================
@@ -2653,7 +3031,7 @@ RUN_COLUMNS = [
     "test_mae",
 ]
 COST_COLUMNS = ["ms_per_step", "samples_per_second", "activation_bytes", "kernel"]
-EXAMPLE_COLUMNS = ["truth", "text", "step", "ending", "role", "distance"]
+EXAMPLE_COLUMNS = ["truth", "text", "step", "role", "distance", "lag"]
 
 
 def examples_table(records):
@@ -2670,8 +3048,9 @@ def examples_table(records):
         for name, answers in record["answers"].items():
             parts.append(DataFrame({**of_seed, "name": name, **answers, **examples}))
     table = pd.concat(parts).rename_axis("example").reset_index()
-    columns = table.columns.union(["probability", *EXAMPLE_COLUMNS], sort=False)
-    return table.reindex(columns=columns).astype({"loss": "float32", "score": "float32"})
+    columns = table.columns.union(["probability", "effect", *EXAMPLE_COLUMNS], sort=False)
+    numbers = dict.fromkeys(["loss", "score", "effect", "distance", "lag"], "float32")
+    return table.reindex(columns=columns).astype(numbers)
 
 
 def score_table(examples):
@@ -2706,6 +3085,8 @@ def run_table(records, scores, config):
                 "title": f"{title}: {of_task['file']}" if of_task["file"] else title,
                 "parameters": sum(record["parts"].values()),
                 "recurrent_parameters": record["parts"]["recurrent"],
+                "clip_norm": of_task["clip_norm"],
+                "clipped": np.mean([epoch["clipped"] for epoch in record["history"]]),
                 "capped": best["epochs"] - best["best_epoch"] < of_task["patience"],
                 "seconds": round(sum(epoch["seconds"] for epoch in record["history"]), 1),
             }
@@ -2767,26 +3148,60 @@ def label_scores(examples, labels):
 # --- differences ----------------------------------------------------------------------
 
 
+@lru_cache
+def student_angles(degrees):
+    """Angles from 0 to pi / 2, and the share of Student's t within +- sqrt(degrees) * tan(angle).
+
+    In these angles the density is cos(angle) ** (degrees - 1); by the trapezoidal rule.
+    """
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    density = torch.tensor(np.cos(angles) ** (degrees - 1))
+    mass = torch.cumulative_trapezoid(density).numpy()  # up to the second angle, and so on
+    return angles, np.append(0, mass / mass[-1])
+
+
 def student_t(degrees, level=0.95):
-    """The two-sided critical value of Student's t, from its density by the trapezoidal rule."""
-    t = np.linspace(0, 14, 140_001)
-    log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
-    log_scale -= math.log(degrees * math.pi) / 2
-    density = np.exp(log_scale - (degrees + 1) / 2 * np.log1p(t**2 / degrees))
-    mass = torch.cumulative_trapezoid(torch.tensor(density), dx=1e-4)  # from 0 on: half of it
-    return float(np.interp(level / 2, mass, t[1:]))
+    """The two-sided critical value of Student's t."""
+    angles, shares = student_angles(degrees)
+    return math.sqrt(degrees) * math.tan(np.interp(level, shares, angles))
 
 
-def paired_interval(differences):
-    """Mean of the differences by seed and the ends of its 95 % interval; of one seed nan."""
-    n = len(differences)
-    mean = differences.mean()
-    half = student_t(max(n - 1, 1)) * differences.std() / math.sqrt(n)
-    return mean, mean - half, mean + half
+def student_p(t, degrees):
+    """The two-sided p value of Student's t."""
+    angles, shares = student_angles(degrees)
+    return 1 - np.interp(math.atan(abs(t) / math.sqrt(degrees)), angles, shares)
 
 
-def verdict(metric, a, b, mean, low, high):
-    """A difference and its interval in words; where neither is better, it is a minus b."""
+def paired_difference(a, b):
+    """Mean of a - b, the ends of its 95 % interval, and its p value; of one seed the latter nan.
+
+    `a` and `b`: a quantity of each test example, by (seed, example). Data, weights and order of the
+    batches are drawn anew with each seed, so the spread between seeds says how far other seeds
+    would move the difference; it counts as no smaller than that between examples within a seed,
+    for two or three seeds may agree by chance.
+    """
+    by_seed = (a - b).dropna().groupby("seed")
+    means = by_seed.mean()
+    n = len(means)
+    if n < 2:
+        return means.mean(), math.nan, math.nan, math.nan
+    of_examples = math.sqrt((by_seed.var() / by_seed.size()).sum()) / n
+    error = max(means.std() / math.sqrt(n), of_examples, 1e-12)
+    half = student_t(n - 1) * error
+    mean = means.mean()
+    return mean, mean - half, mean + half, student_p(mean / error, n - 1)
+
+
+def holm(p):
+    """p values (a Series) adjusted for how many they are (Holm 1979); nan does not count."""
+    ranked = p.dropna().sort_values()
+    return (ranked * np.arange(len(ranked), 0, -1)).cummax().reindex(p.index)
+
+
+def verdict(row):
+    """A row of `compare` in words; where neither is clearly better, the difference is a minus b."""
+    metric = next(m for m in TASKS[row.task].metrics if m.name == row.metric)
+    mean, low, high = row.difference, row.low, row.high
     if metric.is_share:
         scale = 100
         unit = " points"
@@ -2795,10 +3210,12 @@ def verdict(metric, a, b, mean, low, high):
         scale = 1
         unit = f" in {metric.label.partition(' (')[0]}"
         places = decimals(mean, 2) if math.isnan(low) else decimals((high - low) / 2)
-    if mean == 0 or low <= 0 <= high:
-        words = f"{a} and {b}: no clear difference, {scale * mean:z.{places}f}{unit}"
+    if mean == 0 or row.p >= 0.05:
+        words = f"{row.a} and {row.b}: no clear difference, {scale * mean:z.{places}f}{unit}"
     else:
-        better, worse = (a, b) if (mean > 0) == metric.higher_is_better else (b, a)
+        better, worse = (row.a, row.b)
+        if (mean > 0) != metric.higher_is_better:
+            better, worse = worse, better
         words = f"{better} better than {worse} by {scale * abs(mean):.{places}f}{unit}"
         low, high = sorted([abs(low), abs(high)])
     if math.isnan(low):
@@ -2806,41 +3223,53 @@ def verdict(metric, a, b, mean, low, high):
     return f"{words} [{scale * low:z.{places}f}, {scale * high:z.{places}f}]"
 
 
-def compare(scores):
-    """Paired differences of each two models, and of each with the best baseline, in every metric.
+def in_units(examples, metric):
+    """What a metric is the mean of, for each test example, in the user's units."""
+    return examples[metric.source] * examples["unit"] ** metric.unit_power
 
-    Data, weights and order of the batches are drawn anew with each seed, so the interval says how
-    far another choice of seeds would move the difference.
+
+def compare(examples):
+    """Paired differences of each two models, and of each with the best baseline.
+
+    Of every metric that is a mean over test examples. For the first metric of the tasks, by which
+    the models are judged, `p` is adjusted by Holm's method over all these differences.
     """
     rows = []
     for task in TASKS.values():
+        of_task = examples[examples["task"] == task.name]
+        names = of_task.groupby("kind", sort=False)["name"].unique()
+        models = names.get("model", ())
         for metric in task.metrics:
-            cells = scores.query(f"task == '{task.name}' and metric == '{metric.name}'")
-            values = cells.pivot_table("value", "seed", "name")
-            models = cells.query("kind == 'model'")["name"].unique()
-            baselines = values[cells.query("kind == 'baseline'")["name"].unique()].mean()
-            ranked = baselines.sort_values(ascending=not metric.higher_is_better, kind="stable")
+            if metric.transform is not float:
+                continue
+            values = of_task.assign(value=in_units(of_task, metric))
+            values = values.pivot(index=["seed", "example"], columns="name", values="value")
+            means = values[names.get("baseline", [])].groupby("seed").mean().mean()
+            ranked = means.sort_values(ascending=not metric.higher_is_better, kind="stable")
             for a, b in [*combinations(models, 2), *product(models, ranked.index[:1])]:
-                differences = (values[a] - values[b]).dropna()
-                if len(differences):
-                    found = paired_interval(differences)
-                    words = verdict(metric, a, b, *found)
-                    rows.append((task.name, metric.name, a, b, *found, words))
-    return DataFrame(
-        rows, columns=["task", "metric", "a", "b", "difference", "low", "high", "verdict"]
-    )
+                if (values[a] - values[b]).notna().any():
+                    found = paired_difference(values[a], values[b])
+                    is_primary = metric is task.metrics[0]
+                    rows.append((task.name, metric.name, a, b, *found, is_primary))
+    columns = ["task", "metric", "a", "b", "difference", "low", "high", "p", "is_primary"]
+    table = DataFrame(rows, columns=columns)
+    adjusted = holm(table["p"].where(table["is_primary"]))
+    table["p"] = adjusted.where(table["is_primary"], table["p"])
+    table["verdict"] = [verdict(row) for row in table.itertuples()]
+    return table.drop(columns=["p", "is_primary"])
 
 
 # --- for people -----------------------------------------------------------------------
 
 INTRODUCTION = """# RNN, LSTM and GRU: results
 
-The same training for vanilla RNN, LSTM and GRU, each at its own learning rate. Each seed draws
-its own data, or the splits of a user's reviews; a user's text or series is always cut at the same
-places. Test results are means ± standard deviations over the seeds. A ceiling is the best that is
-possible on generated data. Brackets hold 95 % intervals of the paired difference over seeds
-(Student's t), where none is better the first minus the second. Seconds are those of a run's
-training, with other runs beside it."""
+The same training for all cells, each at its own learning rate. Each seed draws its own data, or
+the splits of a user's reviews; a user's text or series is always cut at the same places. Test
+results are means ± standard deviations over the seeds. A ceiling is the best that is possible on
+generated data. Brackets hold 95 % intervals of the paired difference over seeds (Student's t, no
+narrower than the test examples alone leave it), where none is better the first minus the second.
+In a task's first metric a difference is called clear if it survives Holm's correction over all
+that are listed. Seconds are those of a run's training, with other runs beside it."""
 COSTS_NOTE = """Median time of a step, the models taking turns on the same batches if one command
 trained them; activations: what the forward pass on a full batch of the longest possible examples
 keeps for the backward pass. The kernel is the implementation of the recurrent layer that ran:
@@ -2872,6 +3301,45 @@ def show(mean, std=math.nan, is_share=False):
     return f"{number} ± {spread}" if float(spread) > 0 else number
 
 
+def by_distance(task, examples, value, column):
+    """The mean of a column by distance: a row per interval of the task's edges, a column per name.
+
+    `column` holds the distance.
+    """
+    labels = []
+    for low, high in pairwise(task.edges):
+        if high == math.inf:
+            labels.append(f"{low}+")
+        else:
+            labels.append(f"{low}" if high == low + 1 else f"{low}-{high - 1}")
+    intervals = pd.cut(examples[column], task.edges, right=False, labels=labels)
+    return examples.pivot_table(value, intervals, "name", observed=True, sort=False).sort_index()
+
+
+def distance_text(task, examples):
+    """Tables by distance: score, effect of a change, and the latter by who speaks or what comes."""
+    metric = task.metrics[0]
+
+    def table_text(title, examples, value, column, is_share):
+        table = by_distance(task, examples, value, column).T
+        table = table.map(lambda mean: show(mean, is_share=is_share) if mean == mean else "")
+        return f"{title}:\n\n{markdown(table.rename(columns=str).reset_index())}"
+
+    parts = []
+    known = examples.assign(shown=in_units(examples, metric)).dropna(subset="distance")
+    if len(known):
+        title = f"By {task.distance}, {metric.label}"
+        parts.append(table_text(title, known, "shown", "distance", metric.is_share))
+    changed = examples.dropna(subset="effect")
+    if len(changed):
+        title = f"By {task.change_place}, {' '.join(task.effect_label.split())}"
+        parts.append(table_text(title, changed, "effect", task.effect_by, False))
+        for role, of_role in changed.groupby("role"):
+            title = f"The same, {role}"
+            parts.append(table_text(title, of_role, "effect", task.effect_by, False))
+    return "\n\n".join(parts)
+
+
 def markdown(table):
     """A table in Markdown, its columns aligned."""
     columns = []
@@ -2899,6 +3367,7 @@ def training_cells(runs):
     """How the models of a task came to their scores."""
     groups = runs.groupby("model", sort=False)
     cells = groups[["best_epoch", "epochs", "seconds"]].mean().map("{:.1f}".format)
+    cells["clipped steps"] = groups["clipped"].mean().map("{:.0%}".format)
     lists = groups[["learning_rate", "seed"]].agg(lambda v: ", ".join(v.astype(str).unique()))
     return cells.join(lists).reset_index()
 
@@ -2913,17 +3382,13 @@ def facts_text(facts):
 
 
 def findings(task, examples, runs, comparisons):
-    """What the results of one task say, in sentences: verdicts, hard examples, what may mislead."""
-    shown = comparisons.query(f"metric in ['{task.metrics[0].name}', '{PERPLEXITY.name}']")
+    """What the results of one task say, in sentences: verdicts, and what may mislead."""
+    shown = comparisons[
+        (comparisons["metric"] == task.metrics[0].name) | comparisons["b"].isin(runs["model"])
+    ]
     sentences = list(shown["verdict"])
     if shown["low"].isna().any():
         sentences.append("One seed supports no ranking")
-    if task.hard:
-        hard = examples.query(f"kind == 'model' and {task.hard}")
-        accuracy = hard.groupby("name", sort=False)["score"].mean()
-        shares = [f"{model} {show(share, is_share=True)}" for model, share in accuracy.items()]
-        if shares:
-            sentences.append(f"Accuracy, {task.hard_title}: {', '.join(shares)}")
     accuracy = examples.groupby("name")["score"].mean()
     for model, of_model in runs.groupby("model", sort=False):
         if accuracy[model] <= accuracy.get(MAJORITY, -math.inf) + 0.01:
@@ -2953,6 +3418,7 @@ def task_text(task, records, examples, scores, runs, comparisons, config):
         markdown(score_cells(scores, task)),
         markdown(training_cells(runs)),
         "\n".join(f"- {sentence}." for sentence in sentences),
+        distance_text(task, examples),
     ]
     if of_data:
         first = of_data[0]
@@ -2962,6 +3428,88 @@ def task_text(task, records, examples, scores, runs, comparisons, config):
         digest = config.get("digest", "generated")[:12]
         parts.append(f"The data of seed {first['seed']} ({digest}): {facts_text(first['facts'])}.")
     return "\n\n".join(part for part in parts if part)
+
+
+# --- what is commonly said ------------------------------------------------------------
+
+
+def mean_curves(runs, name):
+    """The mean over seeds of a list in the evidence, as far as all reach.
+
+    A column per model, a row per element, counted from 1.
+    """
+    curves = {}
+    for model, evidence in runs.groupby("model", sort=False)["evidence"]:
+        curves[model] = DataFrame(zip(*(each[name] for each in evidence))).mean(axis=1)
+    return DataFrame(curves).rename(lambda i: i + 1)
+
+
+def ranked(values):
+    """'RNN 1.2, GRU 3.4': numbers by model, from the least."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.sort_values().items())
+
+
+def common_claims(runs):
+    """What textbooks say of the three cells, and what was measured on generated data.
+
+    A row per claim; none unless all three cells did all three tasks on two seeds or more.
+    """
+    cells = list(DEFAULT_MODELS)
+    runs = runs[runs["model"].isin(cells)]
+    seeds = runs.groupby(["task", "model"])["seed"].nunique()
+    if len(seeds) < len(TASKS) * len(cells) or seeds.min() < 2:
+        return DataFrame()
+    rows = []
+
+    def add(said, measured, holds):
+        rows.append({"said": said, "measured": measured, "holds": "yes" if holds else "no"})
+
+    def add_order(said, column, *order):
+        table = runs.pivot_table(column, "task", "model")
+        holds = all((table[a] < table[b]).all() for a, b in pairwise(order))
+        measured = [f"{task} {ranked(values)}" for task, values in table.iterrows()]
+        add(said, "; ".join(measured), holds)
+
+    sizes = runs.query("task == @CLASSIFIER.name").groupby("model")["recurrent_parameters"].first()
+    near = (sizes / Series({"RNN": 15_000, "GRU": 45_000, "LSTM": 60_000}) - 1).abs() < 0.03
+    add(
+        "recurrent parameters: about 15K (RNN), 45K (GRU), 60K (LSTM)",
+        ", ".join(f"{name} {size:,}" for name, size in sizes[cells].items()),
+        near.all(),
+    )
+    runs = runs.assign(activation_mib=runs["activation_bytes"] / 2**20)
+    add_order("memory: RNN < GRU < LSTM (MiB a batch)", "activation_mib", "RNN", "GRU", "LSTM")
+    add_order("time a step: RNN < GRU < LSTM (ms)", "ms_per_step", "RNN", "GRU", "LSTM")
+    histories = runs["history"].map(DataFrame)
+    losses = histories.map(lambda history: history["validation"].str["loss"].to_numpy())
+    near_best = losses.map(lambda loss: np.argmax(loss <= 1.01 * loss.min()) + 1)
+    seconds = [history["seconds"][:n].sum() for history, n in zip(histories, near_best)]
+    runs = runs.assign(near_best=near_best, near_best_seconds=seconds)
+    said = "convergence: LSTM before GRU before RNN"
+    order = ("LSTM", "GRU", "RNN")
+    add_order(f"{said} (epochs to within 1 % of the lowest loss)", "near_best", *order)
+    add_order(f"{said} (seconds to the same)", "near_best_seconds", *order)
+    accuracy = 100 * runs.pivot_table("test_accuracy", "task", "model")
+    for task, cell, low, high in (
+        (CLASSIFIER.name, "LSTM", 75, 85),
+        (CLASSIFIER.name, "GRU", 70, 80),
+        (CLASSIFIER.name, "RNN", 60, 70),
+        (PREDICTOR.name, "LSTM", 40, 60),
+    ):
+        value = accuracy.loc[task, cell]
+        said = f"{task}: {cell} {low} to {high} % right"
+        add(said, f"{value:.1f} %", low <= value <= high)
+    classifiers = runs.query("task == @CLASSIFIER.name")
+    shares = []
+    for name in ("initial_gradient", "gradient"):
+        curve = mean_curves(classifiers, name)["RNN"]
+        shares.append(curve.iloc[min(100, len(curve) - 1)] / curve.iloc[0])
+    add(
+        "the RNN's gradient vanishes over 100 words (share of the gradient at the last word)",
+        f"before training {shares[0]:.2g}, after it {shares[1]:.2g}",
+        max(shares) < 0.01,
+    )
+    return DataFrame(rows)
 
 
 # ======================================================================================
@@ -3012,21 +3560,17 @@ def finish(figure, title, handles=()):
     return figure
 
 
+def plain_ticks(axes, axis):
+    """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
 def draw_lines(axes, table, style, **look):
     """A line per column of a table, in the colour of the model of that name."""
     for name, values in table.items():
         axes.plot(values, style, color=colour(name), label=name, **look)
-
-
-def mean_curves(runs, name):
-    """The mean over seeds of a list in the evidence, as far as all reach.
-
-    A column per model, a row per element, counted from 1.
-    """
-    curves = {}
-    for model, evidence in runs.groupby("model", sort=False)["evidence"]:
-        curves[model] = DataFrame(zip(*(each[name] for each in evidence))).mean(axis=1)
-    return DataFrame(curves).rename(lambda i: i + 1)
 
 
 def bar_panel(axes, table, labels=None, **settings):
@@ -3207,9 +3751,7 @@ def score_panel(axes, scores, metric):
     axes.set_xlabel(f"test {metric.label}")
     if not metric.higher_is_better:  # errors differ by factors
         axes.set(xscale="log", xlabel=f"test {metric.label}, log scale")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
+        plain_ticks(axes, axes.xaxis)
 
 
 def learning_rates_figure(table):
@@ -3262,74 +3804,61 @@ def errors_figure(runs, examples):
     return finish(figure, title)
 
 
+def distance_panel(axes, task, examples, value, column):
+    """The mean of a column by distance, a line per model, baseline and ceiling."""
+    kinds = examples.drop_duplicates("name").set_index("name")["kind"]
+    styles = cycle(["s:", "^:", "D:", "v:", "x:"])
+    table = by_distance(task, examples, value, column)
+    for name, values in table.items():
+        if kinds[name] == "model":
+            axes.plot(values, "o-", color=colour(name))
+        elif kinds[name] == "baseline":
+            axes.plot(values, next(styles), color=GREY, label=name, markersize=4)
+        else:
+            axes.plot(values, color="black", label=name)
+    # below, where it hides no line
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+
+
 def gradient_panel(axes, runs):
-    """The gradient that reaches each word of a review, before and after training."""
-    draw_lines(axes, mean_curves(runs, "initial_gradient"), ":")
-    draw_lines(axes, mean_curves(runs, "gradient"), "-")
-    axes.set(
-        title="Gradient of the loss at each word",
-        xlabel="word, counted from the end of the review\n(dotted: before training)",
-        ylabel="norm of the gradient",
-        yscale="log",
-    )
-    axes.set_ylim(max(axes.get_ylim()[0], 1e-12))  # a gradient below that is as good as none
-
-
-def distance_panel(axes, examples):
-    """Accuracy on verbs and objects by how far back the subject stands that determines them."""
-    accuracy = examples.pivot_table("score", ["role", "distance"], "name")
-    shares = 100 * accuracy.div(accuracy[FULL_STATE], axis=0)  # their ceilings differ
-    models = examples.query("kind == 'model'")["name"].unique()
-    for role, style in (("verb", "o-"), ("object", "s:")):
-        draw_lines(axes, shares.loc[role][[*models, "trigram"]], style)
-    axes.axhline(100, color="black")
-    axes.set(
-        title="Next word, by distance from its subject",
-        xlabel="words back to the subject\n(solid: verb, where one must come; dotted: object)",
-        ylabel="accuracy (% of the ceiling's)",
-        ylim=(0, 105),
-    )
-
-
-def ending_panel(axes, examples):
-    """Accuracy on reviews whose closing verdict agrees with their label, and on those where not."""
-    models = examples.query("kind == 'model'")
-    accuracy = 100 * models.pivot_table("score", "ending", "name", sort=False)
-    accuracy = accuracy.reindex([AGREES, CONTRADICTS])
-    n = accuracy.shape[1]
-    for i, (name, shares) in enumerate(accuracy.items()):
-        bars = axes.bar([i, i + n + 1], shares, color=colour(name))
-        axes.bar_label(bars, fmt="%.0f")
-    axes.axhline(50, color=GREY, linestyle="--")
-    axes.set(
-        title="Reviews, by what their last word says",
-        xlabel="ending of the review",
-        ylabel="accuracy (%); dashed: guessing",
-        ylim=(0, 105),
-    )
-    axes.set_xticks([n / 2 - 0.5, 1.5 * n + 0.5], accuracy.index)
-    axes.grid(visible=False)
+    """The norm of the gradient by epoch, before clipping: median of the seeds still training."""
+    for model, histories in runs.groupby("model", sort=False)["history"]:
+        rows = [{row["epoch"]: row["gradient_norm"] for row in history} for history in histories]
+        axes.plot(DataFrame(rows).median().sort_index(), color=colour(model))
+    clip_norm = runs["clip_norm"].iloc[0]
+    axes.axhline(clip_norm, color=GREY, linestyle=":", label="clipped above")
+    axes.set(xlabel="epoch", ylabel="norm of the gradient (median)", yscale="log")
+    # a cell that explodes in its first steps would flatten all others
+    axes.set_ylim(top=min(axes.get_ylim()[1], 50 * clip_norm))
+    plain_ticks(axes, axes.yaxis)
+    axes.locator_params("x", integer=True, min_n_ticks=1)
+    axes.legend(fontsize=7)
 
 
 def long_range_figure(runs, examples):
-    """Why memory matters: gradient by word, accuracy by distance and by ending; or None."""
-    classifiers = runs.query("task == @CLASSIFIER.name")
-    words = examples.query("task == @PREDICTOR.name")
+    """What is kept over distance, a column per task: score, effect of a change, gradient."""
+    tasks = runs.groupby("task", sort=False)
+    figure, grid = new_figure(4.4 * len(tasks), 11, 3, len(tasks))
+    for (name, of_task), (top, middle, bottom) in zip(tasks, grid.T):
+        task = TASKS[name]
+        metric = task.metrics[0]
+        own = examples[examples["task"] == name]
+        own = own.assign(shown=in_units(own, metric))
+        top.set_title(of_task["title"].iloc[0])
+        if own["distance"].notna().any():
+            distance_panel(top, task, own, "shown", "distance")
+            top.set(xlabel=task.distance, ylabel=metric.label)
+            if metric.is_share:
+                top.yaxis.set_major_formatter("{x:.0%}")
+            else:
+                top.set_yscale("log")  # errors differ by factors
+                plain_ticks(top, top.yaxis)
+        if own["effect"].notna().any():
+            distance_panel(middle, task, own, "effect", task.effect_by)
+            middle.set(xlabel=task.change_place, ylabel=task.effect_label)
+        gradient_panel(bottom, of_task)
     handles = list(map(line, runs["model"].unique()))
-    panels = []
-    if len(classifiers):
-        panels.append((gradient_panel, classifiers))
-    if FULL_STATE in set(words["name"]):  # the last two need what only a generator knows
-        panels.append((distance_panel, words))
-        handles.append(line("trigram"))
-    if examples["ending"].notna().any():
-        panels.append((ending_panel, examples))
-    if not panels:
-        return None
-    figure, grid = new_figure(4.6 * len(panels), 4.4, 1, len(panels))
-    for axes, (panel, table) in zip(grid.flat, panels):
-        panel(axes, table)
-    return finish(figure, "Long-range memory, mean over seeds", handles)
+    return finish(figure, "By distance: score, effect of a change; gradient in training", handles)
 
 
 TASK_FIGURES = {  # task: name of a figure: (runs, examples, scores of the task) -> the figure
@@ -3400,7 +3929,7 @@ def make_report(folder, failed=0):
     reported = [(name, metric.name) for name, task in TASKS.items() for metric in task.metrics]
     # the forecaster's loss is not, for it is the MSE in other units
     scores = scores.merge(DataFrame(reported, columns=["task", "metric"]))
-    comparisons = compare(scores)
+    comparisons = compare(examples)
     models = runs.drop_duplicates(["task", "model"])
     costs = models[["task", "model", *SIZES, *COST_COLUMNS]]
     write_table(folder, "runs", runs[RUN_COLUMNS])
@@ -3436,6 +3965,9 @@ def make_report(folder, failed=0):
     sizes = models[["task", "model"]].join(parts).join(models["parameters"])
     environments = DataFrame(record["environment"] for record in records).map(str)
     lines = [f"- {name}: {', '.join(values.unique())}" for name, values in environments.items()]
+    claims = common_claims(runs)
+    if len(claims) and not any(of_task["file"] for of_task in config.values()):
+        texts.append(f"## What is commonly said, and what was measured\n\n{markdown(claims)}")
     texts += [
         f"## Parameters\n\n{markdown(sizes)}",
         f"## Cost of a training step\n\n{markdown(costs.drop(columns=SIZES))}\n\n{COSTS_NOTE}",
@@ -3555,7 +4087,7 @@ def default_folder(config, quick):
 def run(
     *,
     tasks=tuple(TASKS),
-    models=tuple(CELLS),
+    models=DEFAULT_MODELS,
     seeds=None,
     quick=False,
     match="hidden",
@@ -3631,7 +4163,7 @@ def run(
     for task, model in pairs:
         rates[task, model] = learning_rate or CELLS[cell_name(model)].learning_rates[task]
     if tune:
-        rates, table = tune_rates(experiment, RATES[2:4] if quick else RATES[1:-1])
+        rates, table = tune_rates(experiment, RATES[4:6] if quick else RATES[3:7])
         write_table(folder, "tuning", table)
         figure = {"learning_rates": partial(learning_rates_figure, table)}
         failed = draw_figures(folder, figure)[1]
@@ -3728,7 +4260,7 @@ class Parser(argparse.ArgumentParser):
 
 HELP = {
     "tasks": f"any of {' '.join(TASKS)}",
-    "models": f"any of {' '.join(CELLS)}",
+    "models": f"any of {' '.join(CELLS)}; default: {' '.join(DEFAULT_MODELS)}",
     "seeds": "default: 42 43 44; with --quick: 42",
     "quick": "the whole pipeline on tiny data, two epochs",
     "match": "hidden or params: equal hidden sizes (default) or recurrent parameters",
@@ -3790,10 +4322,15 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # where "±" cannot be written stands "\\xb1"
         sys.stdout.reconfigure(errors="backslashreplace")
 
-    def interrupt(number, _frame):  # as Ctrl-C, but for the exit status
+    def interrupt(number, _frame):
+        for each in before:  # a second signal must not disturb the tidying up
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, interrupt)
     try:
         options = vars(parse_args(argv))
         if "predict" in options:
@@ -3809,10 +4346,11 @@ def main(argv=None):
         status = 1
         message = first_line(error)
     except KeyboardInterrupt as stopped:
-        status = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        status = 128 + (stopped.args or [signal.SIGINT])[0]
         message = "interrupted; finished runs are kept: --resume does the rest, --report shows them"
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     # one line, whatever the name of a file holds
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     if len(text) > 300:

@@ -1,6 +1,5 @@
-"""Statistics, numbers in text, matched sizes, costs, gradient flow, free-running forecasts."""
+"""Statistics, numbers in text, sizes and costs, gradients, forecasts, distance, claims."""
 
-import functools
 import json
 import math
 import re
@@ -12,17 +11,18 @@ import pytest
 import torch
 
 import pytorch_rnn_models as rnn
-from conftest import new_model, quick, summary, table
+from conftest import copy_records, new_model, quick, summary, table
 
 
-def results(task="classifier", metric="accuracy", baselines=(), **values):
-    """A table of scores: a value per seed, from seed 1 on, for each name."""
-    rows = []
+def results(task="classifier", source="score", baselines=(), **values):
+    """A table of test examples: a value, or a list of them, per seed from 1 on, for each name."""
+    parts = []
     for name, by_seed in values.items():
-        kind = "baseline" if name in baselines else "model"
         for seed, value in enumerate(by_seed, start=1):
-            rows.append((task, name, kind, seed, metric, value))
-    return pd.DataFrame(rows, columns=["task", "name", "kind", "seed", "metric", "value"])
+            part = pd.DataFrame({source: np.atleast_1d(value)}).rename_axis("example").reset_index()
+            kind = "baseline" if name in baselines else "model"
+            parts.append(part.assign(task=task, name=name, kind=kind, seed=seed, unit=1.0))
+    return pd.concat(parts).assign(**{{"score": "loss", "loss": "score"}[source]: math.nan})
 
 
 # --- statistics -----------------------------------------------------------------------
@@ -36,17 +36,18 @@ def test_critical_values_of_students_t(degrees, value):
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 6])
-def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says(seeds, monkeypatch):
-    monkeypatch.setattr(rnn, "student_t", functools.cache(rnn.student_t))  # slow, always the same
+def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says(seeds):
     rng = np.random.default_rng(seeds)
     covered = 0
     for _ in range(400):
         ease = rng.normal(0, 0.2, seeds)  # what makes a seed easy or hard for both
         weaker = 0.6 + ease + rng.normal(0, 0.02, seeds)
         stronger = 0.7 + ease + rng.normal(0, 0.03, seeds)
-        row = rnn.compare(results(RNN=weaker, LSTM=stronger)).iloc[0]
-        assert row["low"] < row["difference"] < row["high"]
-        covered += row["low"] <= -0.1 <= row["high"]
+        places = pd.MultiIndex.from_product([range(seeds), [0]], names=["seed", "example"])
+        scores = (pd.Series(values, places) for values in (weaker, stronger))
+        mean, low, high, _ = rnn.paired_difference(*scores)
+        assert low < mean < high
+        covered += low <= -0.1 <= high
     assert 0.92 < covered / 400 < 0.98
 
 
@@ -60,7 +61,7 @@ def test_comparisons_pair_by_seed_and_speak_plainly():
     rows = rnn.compare(scores).set_index(["a", "b"])
     assert set(rows.index) == {
         *[("RNN", "LSTM"), ("RNN", "GRU"), ("LSTM", "GRU")],
-        *[(name, "half") for name in rnn.CELLS],  # of the baselines only the best
+        *[(name, "half") for name in rnn.DEFAULT_MODELS],  # of the baselines only the best
     }
     row = rows.loc[("RNN", "LSTM")]  # seeds 1 to 3: -10, -12 and -9 points
     half = 4.303 * np.std([10, 12, 9], ddof=1) / math.sqrt(3)
@@ -77,9 +78,42 @@ def test_comparisons_pair_by_seed_and_speak_plainly():
 
 def test_of_an_error_the_lower_is_better_and_the_best_baseline_is_the_lowest():
     errors = {"RNN": [2.0, 2.1], "line": [1.0, 1.01], "flat": [9.0, 9.1]}
-    row = rnn.compare(results("forecaster", "mse", **errors, baselines=["line", "flat"])).iloc[0]
+    row = rnn.compare(results("forecaster", "loss", **errors, baselines=["line", "flat"])).iloc[0]
     assert (row["b"], row["difference"]) == ("line", pytest.approx(1.045))
     assert row["verdict"] == "line better than RNN by 1.0 in MSE [0.5, 1.6]"
+
+
+def test_two_seeds_that_agree_by_chance_do_not_make_a_difference_certain():
+    hits = np.tile([1.0, 0.0, 1.0, 1.0, 0.0], 30)
+    more = hits.copy()
+    more[:20] = 1.0
+    row = rnn.compare(results(RNN=[hits, hits], GRU=[more, more])).iloc[0]  # the same on both
+    error = (hits - more).std(ddof=1) / math.sqrt(150) / math.sqrt(2)
+    assert row["difference"] == pytest.approx(-8 / 150)
+    assert row["high"] - row["difference"] == pytest.approx(12.706 * error, rel=1e-3)
+    assert row["verdict"].startswith("RNN and GRU: no clear difference")
+
+
+def test_holms_correction():
+    p = pd.Series([0.01, 0.04, math.nan, 0.03, 0.005])
+    adjusted = rnn.holm(p)
+    assert adjusted[[4, 0, 3, 1]].tolist() == pytest.approx([0.02, 0.03, 0.06, 0.06])
+    assert math.isnan(adjusted[2])
+
+
+def test_p_values_of_students_t():
+    assert rnn.student_p(-2.262, 9) == pytest.approx(0.05, abs=1e-4)
+    assert rnn.student_p(12.706, 1) == pytest.approx(0.05, abs=1e-4)
+    assert rnn.student_p(0, 4) == 1
+
+
+def test_a_difference_that_does_not_survive_the_correction_is_not_called_clear():
+    values = {"RNN": [0.5, 0.5, 0.5, 0.5], "LSTM": [0.52, 0.53, 0.51, 0.545]}
+    alone = rnn.compare(results(**values))
+    assert alone.iloc[0]["verdict"].startswith("LSTM better than RNN")
+    others = {f"X{i}": 0.5 + 0.1 * np.sin(np.arange(4) * (i + 2)) for i in range(6)}
+    many = rnn.compare(results(**values, **others)).iloc[0]
+    assert many["high"] < 0 and many["verdict"].startswith("RNN and LSTM: no clear difference")
 
 
 def test_one_seed_in_common_gives_no_interval_and_is_said_to_be_so():
@@ -95,12 +129,12 @@ def test_one_seed_in_common_gives_no_interval_and_is_said_to_be_so():
 def test_a_summary_of_one_seed_says_so_and_sets_models_beside_the_best_baseline(quick_run):
     text = summary(quick_run)
     assert text.count("One seed supports no ranking") == 3
-    for name in rnn.CELLS:
-        line = "linear autoregression"
+    for name in rnn.DEFAULT_MODELS:
+        line = "(?:linear autoregression|nearest neighbours)"
         pair = f"{line} better than {name}|{name} better than {line}"
         assert re.search(rf"- ({pair}) by [\d.]+ in MSE on one seed\.", text)
-    assert "- Accuracy, ending contradicts the label: RNN " in text
-    assert "- Accuracy, cue 5 or more words back: RNN " in text
+    assert "By words after the opinion that counts, accuracy: " in text
+    assert "By steps back to the shifted value, shift of the forecast" in text
 
 
 # --- numbers in text ------------------------------------------------------------------
@@ -265,7 +299,7 @@ def test_evidence_is_in_the_records(quick_run):
         path = quick_run / "runs" / f"{task}_{model}_seed42.json"
         return json.loads(path.read_text(encoding="utf-8"))["evidence"]
 
-    for model in rnn.CELLS:
+    for model in rnn.DEFAULT_MODELS:
         found = evidence("classifier", model)
         assert found["gradient"] != found["initial_gradient"]
         assert not evidence("predictor", model), "its evidence is in the test examples"
@@ -274,3 +308,40 @@ def test_evidence_is_in_the_records(quick_run):
         horizon = len(found["free_truth"])
         assert horizon == len(found["free_forecast"]) == len(found["free_mse"]) > 0
         assert horizon == len(found["persistence_mse"]) and found["variance"] > 0
+
+
+# --- by distance, and what is commonly said -------------------------------------------
+
+
+def test_means_by_distance_are_those_of_the_intervals():
+    examples = pd.DataFrame(
+        {"name": "GRU", "distance": [0, 9, 10, 24, 300, math.nan], "score": [1, 0, 1, 1, 0, 9]}
+    )
+    means = rnn.by_distance(rnn.CLASSIFIER, examples, "score", "distance")["GRU"]
+    assert means.to_dict() == {"0-9": 0.5, "10-24": 1, "100+": 0}
+
+
+def test_what_is_commonly_said_is_held_against_the_results(quick_run, tmp_path, no_figures):
+    assert "commonly said" not in summary(quick_run), "one seed says nothing"
+    copy_records(quick_run, tmp_path)
+    for path in list((tmp_path / "runs").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["seed"] = 43
+        record["history"] = [
+            {**row, "validation": {**row["validation"], "loss": 1 / row["epoch"]}}
+            for row in record.get("history", [])
+        ]
+        if not record["history"]:
+            del record["history"]
+        path.with_name(path.name.replace("42", "43")).write_text(json.dumps(record))
+    assert rnn.main(["--report", "--output-dir", str(tmp_path)]) == 0
+    text = (tmp_path / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*?) +\| (.*?) +\| (yes|no) +\|$", text, re.M)
+    found = {said: (measured, holds) for said, measured, holds in rows}
+    sizes = "recurrent parameters: about 15K (RNN), 45K (GRU), 60K (LSTM)"
+    assert found[sizes] == ("RNN 15,200, LSTM 60,800, GRU 45,600", "yes")
+    memory, holds = found["memory: RNN < GRU < LSTM (MiB a batch)"]
+    assert memory.startswith("classifier RNN ") and holds == "yes"
+    accuracy = table(tmp_path, "runs").query("task == 'classifier' and model == 'LSTM'")
+    measured, holds = found["classifier: LSTM 75 to 85 % right"]
+    assert measured == f"{100 * accuracy['test_accuracy'].mean():.1f} %" and holds == "no"

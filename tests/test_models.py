@@ -1,4 +1,4 @@
-"""The nine classes: shapes, gradients, parameters, padding, initial weights, descriptions."""
+"""The classes: shapes, gradients, parameters, padding, initial weights, descriptions."""
 
 import itertools
 import pickle
@@ -10,9 +10,9 @@ from torch import nn
 import pytorch_rnn_models as rnn
 from conftest import new_model
 
-NINE = list(itertools.product(rnn.CELLS, ("Classifier", "Predictor", "Forecaster")))
-TEXT_PARAMETERS = {"RNN": 15_200, "GRU": 45_600, "LSTM": 60_800}
-LAYERS = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
+ALL = list(itertools.product(rnn.CELLS, ("Classifier", "Predictor", "Forecaster")))
+TEXT_PARAMETERS = {"RNN": 15_200, "GRU": 45_600, "LSTM": 60_800, "IRNN": 15_200}
+LAYERS = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU, "IRNN": nn.RNN}
 
 
 def build(name, kind):
@@ -26,7 +26,7 @@ def build(name, kind):
     return model_class(2, 32, 3), torch.randn(4, 50, 2), (4, 3)
 
 
-@pytest.mark.parametrize(("name", "kind"), NINE)
+@pytest.mark.parametrize(("name", "kind"), ALL)
 def test_shapes_gradients_and_layers(name, kind):
     model, inputs, shape = build(name, kind)
     output = model(inputs)
@@ -40,7 +40,7 @@ def test_shapes_gradients_and_layers(name, kind):
     assert layers[0].num_layers == (2 if kind == "Forecaster" else 1)
 
 
-@pytest.mark.parametrize(("name", "kind"), NINE)
+@pytest.mark.parametrize(("name", "kind"), ALL)
 def test_parameter_counts_add_up(name, kind):
     model, inputs, _ = build(name, kind)
     total = sum(p.numel() for p in model.parameters())
@@ -51,7 +51,7 @@ def test_parameter_counts_add_up(name, kind):
         assert counts["recurrent"] == TEXT_PARAMETERS[name]
 
 
-@pytest.mark.parametrize(("name", "kind"), NINE)
+@pytest.mark.parametrize(("name", "kind"), ALL)
 def test_models_can_be_pickled_and_have_a_docstring_of_their_own(name, kind):
     model, inputs, _ = build(name, kind)
     copy = pickle.loads(pickle.dumps(model.eval()))
@@ -77,16 +77,17 @@ def test_classifier_gives_probabilities_that_padding_does_not_change(name):
 
 @pytest.mark.parametrize("name", rnn.CELLS)
 def test_initial_weights(name):
+    model, *_ = build(name, "Forecaster")
+    layer = model.recurrent.rnn
+    for gate in layer.weight_hh_l1.detach().split(32):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(32), atol=1e-4, rtol=0)
+        assert torch.equal(gate, torch.eye(32)) == (name == "IRNN")
     model, *_ = build(name, "Classifier")
-    layer = next(m for m in model.modules() if isinstance(m, nn.RNNBase))
+    layer = model.recurrent.rnn
     for gate in layer.weight_hh_l0.detach().split(100):
-        torch.testing.assert_close(gate @ gate.T, torch.eye(100), atol=1e-4, rtol=0)
-    bias = (layer.bias_ih_l0 + layer.bias_hh_l0).detach().split(100)
-    for i, gate in enumerate(bias):
-        keep = {("LSTM", 0): -3.0, ("LSTM", 1): 3.0, ("GRU", 1): 3.0}  # input, forget; update
-        assert (gate == keep.get((name, i), 0.0)).all(), (
-            "gated cells start out keeping their state alike"
-        )
+        assert torch.equal(gate, torch.eye(100) * (1 if name == "IRNN" else 0.9))
+    assert not (layer.bias_ih_l0.any() or layer.bias_hh_l0.any()), "no cell is helped by its biases"
+    assert getattr(layer, "nonlinearity", "tanh") == ("relu" if name == "IRNN" else "tanh")
     assert not model.embedding.weight[0].any()
     assert model.embedding.weight[1:].std().item() == pytest.approx(0.1, rel=0.05)
 

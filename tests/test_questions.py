@@ -179,8 +179,8 @@ def test_a_smooth_series_has_no_season_of_two_steps():
         assert rnn.season_of(rnn.SeriesDataset(random, 50)) is None
     straight = rnn.SeriesDataset(np.linspace(0, 1, 500), 50)
     assert rnn.season_of(straight) is None
-    baselines = rnn.series_baselines(straight, straight)
-    assert list(baselines) == ["persistence", "linear autoregression"]
+    baselines = rnn.series_baselines(straight, straight, straight)
+    assert list(baselines) == ["persistence", "linear autoregression", "nearest neighbours"]
 
 
 # --- labels ---------------------------------------------------------------------------
@@ -204,7 +204,9 @@ def test_five_labels_go_from_file_to_figures(tmp_path):
     assert model.preprocessing["labels"] == ["1", "2", "3", "4", "5"]
     assert [model.predict(f"It was {word}")[0][0] for word in ("superb", "awful")] == ["5", "1"]
     first = results.scores.query("metric == 'accuracy'").set_index("name")["value"]
-    assert first["GRU"] > 0.9 and first["naive Bayes"] > 0.9 and first["majority class"] <= 0.25
+    assert (
+        first["GRU"] > 0.9 and first["naive Bayes, words"] > 0.9 and first["majority class"] <= 0.25
+    )
     assert "mean of the labels" in summary(tmp_path / "out")
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import pytorch_rnn_models as rnn
 from conftest import ROOT, leave_out_figures, quick, refusal, summary, table
@@ -11,8 +12,8 @@ from conftest import ROOT, leave_out_figures, quick, refusal, summary, table
 TINY = ["--tune", "--tasks", "forecaster", "--models", "RNN", "GRU", "--seeds", "1", "2"]
 KEY = ["task", "model", "learning_rate"]
 LOSSES = {  # by model and learning rate, of seeds 1 and 2; a rate that is not here diverges
-    "RNN": {3e-4: (3, 3), 1e-3: (2, 2), 3e-3: (1, 4), 1e-2: (5, 5)},  # 3e-3 is best on one seed
-    "GRU": {3e-4: (3, 3), 1e-3: (3, 3), 3e-3: (2, 2), 1e-2: (1, 2)},
+    "RNN": {3e-4: (3, 3), 1e-3: (2, 2), 3e-3: (1, 4), 1e-2: (5, 0)},  # 3e-3 is best on seed 1
+    "GRU": {3e-4: (4, 4), 1e-3: (3, 1), 3e-3: (2, 2), 1e-2: (1, 2), 3e-2: (6, 0)},
 }
 
 
@@ -31,6 +32,7 @@ def made_up_fit(monkeypatch, losses, other=rnn.Diverged):
                 "epoch": epoch,
                 "learning_rate": learning_rate,
                 "gradient_norm": 1.0,
+                "clipped": 0.5,
                 "seconds": 0.1,
                 "train": metrics,
                 "validation": metrics,
@@ -76,33 +78,51 @@ def test_the_rate_of_the_lowest_mean_validation_loss_is_chosen_and_used(tuned):
     assert (tuned / "pytorch_rnn_learning_rates.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_rate_at_the_edge_of_the_grid_is_followed_one_step_outwards(tuned):
+def test_a_rate_at_the_edge_is_followed_outwards_until_the_loss_rises(tuned):
     tried = table(tuned, "tuning")
     rates = tried.groupby("model")["learning_rate"].agg(set)
-    assert rates["RNN"] == {3e-4, 1e-3, 3e-3}
-    assert rates["GRU"] == {1e-3, 3e-3, 1e-2}, "not to 3e-2: one step only"
+    assert rates["RNN"] == {3e-4, 1e-3, 3e-3, 1e-2}, "1e-2 on seed 1, 3e-4 when 1e-3 had won"
+    assert rates["GRU"] == {1e-3, 3e-3, 1e-2, 3e-2}
 
 
-def test_a_rate_within_the_grid_is_not_followed(tmp_path, monkeypatch, no_figures):
+def test_the_better_half_of_the_rates_goes_on_to_the_other_seeds(tmp_path, monkeypatch, no_figures):
     monkeypatch.setattr(rnn, "DEFAULT", rnn.QUICK)  # the whole grid, on tiny data
     made_up_fit(monkeypatch, LOSSES)
     assert rnn.main([*TINY, "--workers", "1", "--output-dir", str(tmp_path)]) == 0
     tried = table(tmp_path, "tuning")
-    rates = tried.groupby("model")["learning_rate"].agg(set)
-    assert rates["RNN"] == {3e-4, 1e-3, 3e-3, 1e-2}
-    assert rates["GRU"] == {3e-4, 1e-3, 3e-3, 1e-2, 3e-2}
-    assert np.isinf(tried[tried["learning_rate"] == 3e-2]["val_loss"]).all()
+    seeds = tried.groupby(["model", "learning_rate"])["seed"].nunique()
+    assert seeds["RNN"].to_dict() == {3e-4: 1, 1e-3: 2, 3e-3: 2, 1e-2: 1}
+    assert seeds["GRU"].to_dict() == {3e-4: 1, 1e-3: 2, 3e-3: 2, 1e-2: 2, 3e-2: 1}
+    # of the rates that all seeds tried: 1e-2 would be best on seed 2 alone
     assert chosen_rates(tried) == {("forecaster", "RNN"): 1e-3, ("forecaster", "GRU"): 1e-2}
 
 
-def test_a_tuning_run_is_the_run_that_the_comparison_makes_with_its_rate(tmp_path, no_figures):
-    assert quick(tmp_path, "--tune", "--tasks", "forecaster", "--models", "GRU") == 0
-    tried = table(tmp_path, "tuning")
-    runs = table(tmp_path, "runs")
-    both = runs.merge(tried[tried["chosen"]], on=[*KEY, "seed"], suffixes=("", "_tuning"))
-    assert len(both) == len(runs) == 1
-    for name in ("val_loss", "best_epoch", "epochs"):
-        assert (both[name] == both[f"{name}_tuning"]).all()
+def test_no_run_is_trained_twice_and_the_result_is_that_of_its_rate(
+    tmp_path, monkeypatch, no_figures
+):
+    honest = rnn.fit
+    trained = []
+
+    def fit(model, task, data, training, learning_rate, seed, on_epoch):
+        trained.append((learning_rate, seed))
+        return honest(model, task, data, training, learning_rate, seed, on_epoch)
+
+    monkeypatch.setattr(rnn, "fit", fit)
+    arguments = ["--tasks", "forecaster", "--models", "GRU", "--seeds", 1, 2]
+    assert quick(tmp_path / "tuned", "--tune", *arguments) == 0
+    assert len(trained) == len(set(trained)) == len(table(tmp_path / "tuned", "tuning"))
+    runs = table(tmp_path / "tuned", "runs")
+    rate = runs["learning_rate"].iloc[0]
+    assert quick(tmp_path / "alone", "--learning-rate", rate, *arguments) == 0
+    alone = table(tmp_path / "alone", "runs")
+    assert runs.drop(columns="seconds").equals(alone.drop(columns="seconds"))
+    tuned, other = (
+        torch.load(tmp_path / folder / "models" / "forecaster_GRU_seed2.pt", weights_only=True)
+        for folder in ("tuned", "alone")
+    )
+    for name, weight in tuned["weights"].items():
+        assert torch.equal(weight, other["weights"][name])
+    assert not list((tmp_path / "tuned" / "runs" / "tuning").glob("*.pt")), "not needed any more"
 
 
 def test_the_test_part_is_out_of_reach_while_tuning(tmp_path, monkeypatch):
@@ -204,4 +224,4 @@ def test_the_configured_rates_are_those_of_the_committed_table():
     assert set(tried["seed"]) == {0, 1, 2, 3, 4}
     for (task, model), rate in chosen_rates(tried).items():
         assert rnn.CELLS[model].learning_rates[task] == rate, (task, model)
-    assert len(chosen_rates(tried)) == 9
+    assert len(chosen_rates(tried)) == 12
