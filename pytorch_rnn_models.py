@@ -3605,6 +3605,10 @@ def training_history_figure(runs, history, task):
         for (split, _), curve in curves.groupby(["split", "seed"]):
             style = ".:" if split == "train" else ".-"
             axes.plot(curve["epoch"], curve["value"], style, color=colour(model), markersize=2)
+        values = history.query("metric == @metric.name")["value"]
+        usual = values.quantile(0.98)
+        if values.max() > 5 * usual:  # a cell that explodes at first would flatten all others
+            axes.set_ylim(0.9 * values.min(), 1.1 * usual)
         kept = curves.query("split == 'validation' and epoch == best_epoch")
         axes.plot(kept["epoch"], kept["value"], "o", color=colour(model))
         axes.set_title(model, color=colour(model))
@@ -3816,8 +3820,8 @@ def distance_panel(axes, task, examples, value, column):
             axes.plot(values, next(styles), color=GREY, label=name, markersize=4)
         else:
             axes.plot(values, color="black", label=name)
-    # below, where it hides no line
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    if axes.get_legend_handles_labels()[0]:  # below, where it hides no line
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
 
 
 def gradient_panel(axes, runs):

@@ -308,14 +308,14 @@ def test_the_exact_filter_is_bayes_rule_summed_over_every_path():
 
 
 def test_the_window_matters_and_nobody_beats_the_exact_filter():
-    config = rnn.ForecasterConfig()
+    config = rnn.ForecasterConfig(n_steps=12_000)
     data = rnn.build_series(config, 3)
     errors = {name: each["loss"] * data.unit**2 for name, each in data.baselines().items()}
     best = data.ceilings()["exact filter"]["loss"] * data.unit**2
     assert config.noise**2 < best.mean() < 2 * config.noise**2
     assert best.mean() < 0.6 * min(error.mean() for error in errors.values())
-    windows = data.test.inputs[:, :, 0].double().numpy() * data.unit + data.offset
-    truth = data.test.targets[:, 0].double().numpy() * data.unit + data.offset
+    windows = data.test.inputs[::2, :, 0].double().numpy() * data.unit + data.offset
+    truth = data.test.targets[::2, 0].double().numpy() * data.unit + data.offset
 
     def error(windows, config):
         return np.mean((rnn.best_forecasts(windows, config) - truth) ** 2)
@@ -323,7 +323,7 @@ def test_the_window_matters_and_nobody_beats_the_exact_filter():
     assert error(windows[:, -8:], config) > 1.1 * error(windows[:, -16:], config)
     assert error(windows[:, -16:], config) > 1.02 * error(windows[:, -32:], config)
     for wrong in ({"switch_rate": 0.002}, {"switch_rate": 0.05}, {"noise": 0.1}, {"noise": 0.6}):
-        assert error(windows, replace(config, **wrong)) > best.mean(), wrong
+        assert error(windows, replace(config, **wrong)) > error(windows, config), wrong
 
 
 def test_the_distance_of_a_step_counts_from_the_last_switch():
@@ -434,7 +434,10 @@ def test_the_effect_of_a_change_is_what_the_output_makes_of_it(data):
 
 def test_no_ceiling_is_beaten_on_simulated_data():
     for name, task in rnn.TASKS.items():
-        data = task.build_data(rnn.DEFAULT[name], 11)
+        config = rnn.DEFAULT[name]
+        if name == "forecaster":
+            config = replace(config, n_steps=8000)
+        data = task.build_data(config, 11)
         (ceiling,) = data.ceilings().values()
         for baseline, answers in data.baselines().items():
             gain = ceiling["loss"] - answers["loss"]

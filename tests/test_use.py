@@ -25,7 +25,14 @@ def checkpoint(quick_run):
 
 def test_classifier_labels_texts_as_in_training(checkpoint):
     model = rnn.load_checkpoint(checkpoint("classifier"))
-    texts = ["Plot was moving.", "PLOT was moving!", "plot was dull " * 9, "xyzzy", "", "..."]
+    texts = [
+        "I found plot moving.",
+        "i FOUND plot moving!",
+        "critics called plot dull " * 9,
+        "xyzzy",
+        "",
+        "...",
+    ]
     answers = model.predict(texts)
     assert answers[0] == answers[1] and answers[0][0] in ("negative", "positive")
     assert all(0.5 <= probability <= 1 for _, probability in answers[:4])
