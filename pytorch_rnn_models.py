@@ -94,8 +94,8 @@ class Cell:
     start: Callable | None = None  # fills the recurrent weights; else the models do, by task
 
 
-# The rates are those of `--tune --seeds 0 1 2 3 4 --output-dir outputs/tuning` with the settings
-# below: if these change, they have to be chosen again.
+# The rates are those of `--tune --models RNN LSTM GRU IRNN --seeds 0 1 2 3 4 --output-dir
+# outputs/tuning` with the settings below: if these change, they have to be chosen again.
 CELLS = {
     "RNN": Cell(
         layer=nn.RNN,
@@ -907,7 +907,8 @@ def read_series(text, column=""):
 
 # What baselines, ceilings and models give: a table with a row per test example, and the columns
 # `answer` (an id, or a value in the unit of the targets), `probability` of the answer if there is
-# one, `loss` and `score`, as the task defines them.
+# one, `loss` and `score`, as the task defines them; of a ceiling also `effect`, how far its answer
+# follows a change of what decides.
 Answers = DataFrame
 MAJORITY = "majority class"
 MOST_WEIGHTS = 2_000_000  # of the log-linear model
