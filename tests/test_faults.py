@@ -290,7 +290,8 @@ def test_the_death_of_the_fork_server_costs_the_runs_under_way_only(tmp_path):
     _, error = process.communicate(timeout=120)
     lines = error.decode().splitlines()
     failed = [line for line in lines if line.startswith("failed: ")]
-    assert process.returncode == 1 and 1 <= len(failed) <= 4
+    # of the two under way, those that need longer than a second to see that their server is gone
+    assert process.returncode == (1 if failed else 0) and len(failed) <= 2
     assert b"Traceback" not in error
     assert len(records(tmp_path)) + len(records(tmp_path, "baselines")) == 32 - len(failed)
     wait_for(lambda: group_is_gone(process), seconds=5)
