@@ -241,7 +241,7 @@ SENTENCE_END = r"[.!?](?=[\s\"')\]”’»]|$)"  # a word of its own in a corpus
 WORDS_AND_ENDS = re.compile(rf"{UNK}|{WORDS.pattern}|{SENTENCE_END}")
 TRAIN_SHARE = 0.70
 VALIDATION_SHARE = 0.15  # the rest is the test split
-MOST_WINDOWS = 50_000  # beyond these, evaluation windows and the rows of least squares are thinned
+MOST_WINDOWS = 50_000  # beyond these, what is evaluated and what baselines learn from is thinned
 CPU = torch.device("cpu")
 
 
@@ -1063,7 +1063,8 @@ def log_linear(train, validation, test, vocab_size, batch_size=256, epochs=60, p
         generator = torch.Generator().manual_seed(0)
         losses = []
         for _ in range(epochs):
-            for rows in torch.randperm(len(train), generator=generator).split(batch_size):
+            order = torch.randperm(len(train), generator=generator)[:MOST_WINDOWS]
+            for rows in order.split(batch_size):
                 inputs, targets = train.batch(rows)
                 logits = model(torch.where(inputs < n_words, inputs, 1) + places)
                 optimizer.zero_grad()
