@@ -1205,7 +1205,8 @@ class Recurrent(nn.Module):
     """A stock recurrent layer that returns the state of its top layer after the last real step.
 
     `start` fills the recurrent weights, one block per gate, unless the cell has a start of its own.
-    Input weights are Glorot-uniform, biases 0. No gate starts open: measured, it helps no cell.
+    Input weights are Glorot-uniform, biases 0. No gate starts open: on the reviews it was measured
+    to help neither LSTM nor GRU.
     """
 
     def __init__(self, cell, input_dim, hidden_dim, n_layers, dropout, start):
