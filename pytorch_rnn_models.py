@@ -27,9 +27,12 @@ units, V vocabulary, K labels, O origins of forecasts.
 from __future__ import annotations
 
 import argparse
+import codecs
 import copy
+import csv
 import gzip
 import hashlib
+import html
 import io
 import json
 import math
@@ -42,13 +45,14 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import combinations, cycle, pairwise, product
 from multiprocessing import resource_tracker
@@ -129,6 +133,9 @@ class Training:
 
     epochs: int = 30  # upper bound; early stopping may end sooner
     batch_size: int = 64  # examples per update
+    # of an epoch, at least: it passes several times over few data, so that patience and schedule
+    # mean the same for them
+    updates: int = 50
     accumulate_steps: int = 1  # micro-batches of a batch, to save memory; the gradient is equal
     lr_factor: float = 0.5  # the rate is multiplied by this on a plateau of the validation loss
     lr_patience: int = 1  # epochs without improvement by 0.01 % or more before the rate falls
@@ -146,19 +153,25 @@ class Training:
 
 
 @dataclass(frozen=True)
-class UserFile:
-    """A user's file that takes the place of the generated data."""
+class UserData:
+    """A user's own data, which take the place of the generated."""
 
-    path: str
-    digest: str  # SHA-256 of its text: a run belongs to the content, wherever the file lies
+    path: str  # of the file that they were read from; else which data they are
+    text: str = field(repr=False)  # the content of a text or CSV file, or what would stand in one
     columns: tuple[str, ...] = ()  # as the user named them: text and label, or the values
+    notes: tuple[str, ...] = ()  # on how the file was read
+
+    @cached_property
+    def digest(self):
+        """SHA-256 of the text: a run belongs to the content, wherever the file lies."""
+        return hashlib.sha256(self.text.encode(errors="backslashreplace")).hexdigest()
 
 
 @dataclass(frozen=True)
 class TaskConfig:
     """What the configurations of the three tasks share."""
 
-    file: UserFile | None = None  # takes the place of the generated data
+    file: UserData | None = None  # takes the place of the generated data
     hidden_dim: int = 100
     n_layers: int = 1
     dropout: float = 0.2
@@ -211,7 +224,7 @@ class ForecasterConfig(TaskConfig):
     hidden_dim: int = 32
     n_layers: int = 2
     dropout: float = 0.0
-    training: Training = Training(epochs=100, batch_size=128, lr_factor=0.4)
+    training: Training = Training(epochs=100, batch_size=128, updates=40, lr_factor=0.4)
 
 
 # every number that the results depend on but seed and rate, by task
@@ -221,10 +234,11 @@ DEFAULT: Config = {
     "predictor": PredictorConfig(),
     "forecaster": ForecasterConfig(),
 }
+BRIEF = Training(epochs=2, updates=1)
 QUICK: Config = {
-    "classifier": ClassifierConfig(n_reviews=200, phrases=(5, 15), training=Training(epochs=2)),
-    "predictor": PredictorConfig(n_words=1500, training=Training(epochs=2)),
-    "forecaster": ForecasterConfig(n_steps=1100, hidden_dim=16, training=Training(epochs=2)),
+    "classifier": ClassifierConfig(n_reviews=200, phrases=(5, 15), training=BRIEF),
+    "predictor": PredictorConfig(n_words=1500, training=BRIEF),
+    "forecaster": ForecasterConfig(n_steps=1100, hidden_dim=16, training=BRIEF),
 }
 DEFAULT_SEEDS = (42, 43, 44)
 # the middle four are the grid of --tune, the others are tried where the best is at its edge
@@ -236,9 +250,24 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 PAD = "<pad>"  # the word of id 0
 UNK = "<unk>"  # the word of id 1
-WORDS = re.compile(r"\w+(?:'\w+)*")  # letters of any script, digits, apostrophes between them
-SENTENCE_END = r"[.!?](?=[\s\"')\]”’»]|$)"  # a word of its own in a corpus
+# within words, beside letters and digits: accents, vowel signs of Hebrew, Arabic and Indic, joiners
+MARKS = (
+    r"\u0300-\u036f\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed"
+    r"\u0900-\u0963\u0966-\u0dff\u200c\u200d"
+)
+# characters that are words by themselves: of scripts without spaces (Thai to Tibetan, Burmese,
+# Khmer, Kana, Han), and emoji
+ALONE = (
+    r"[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3041-\u3096\u30a1-\u30fa\u30fc\u3400-\u4dbf"
+    r"\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u2600-\u27bf\U0001f000-\U0001faff]"
+)
+FACE = r"[:;=]-?[()]|(?<!\w)[:;]-?[dp]\b"
+# a face, letters of any script and digits, apostrophes between them
+WORDS = re.compile(rf"{FACE}|{ALONE}|[\w{MARKS}]+(?:'[\w{MARKS}]+)*")
+# a word of its own in a corpus
+SENTENCE_END = r"[.!?](?=[\s\"')\]”’»]|$)|[।॥。！？؟۔]"
 WORDS_AND_ENDS = re.compile(rf"{UNK}|{WORDS.pattern}|{SENTENCE_END}")
+MARKUP = rf"<(?!{UNK[1:]})/?[a-z][^<>]*>|\\[nrt]"  # HTML tags; line ends and tabs as escapes
 TRAIN_SHARE = 0.70
 VALIDATION_SHARE = 0.15  # the rest is the test split
 MOST_WINDOWS = 50_000  # beyond these, what is evaluated and what baselines learn from is thinned
@@ -331,28 +360,32 @@ class SeriesDataset(SequenceDataset):
 class LengthBuckets(Sampler):
     """Shuffled batches of examples of similar length, so that little time goes into padding.
 
-    Every epoch the examples are shuffled, sorted by length within pools of `pool` batches, and cut
-    into batches, which are shuffled again. With equal lengths this is plain shuffling.
+    In every pass the examples are shuffled, sorted by length within pools of `pool` batches, and
+    cut into batches, which are shuffled again. With equal lengths this is plain shuffling. There
+    are as many passes as give `least` batches or more.
     """
 
-    def __init__(self, lengths, batch_size, rng, pool=32):
+    def __init__(self, lengths, batch_size, rng, least=1, pool=32):
         self.lengths = lengths.numpy()
         self.batch_size = batch_size
         self.rng = rng
+        self.batches_a_pass = math.ceil(len(lengths) / batch_size)
+        self.passes = math.ceil(least / self.batches_a_pass)
         self.pool_size = pool * batch_size
 
     def __len__(self):
-        return math.ceil(len(self.lengths) / self.batch_size)
+        return self.passes * self.batches_a_pass
 
     def __iter__(self):
-        order = self.rng.permutation(len(self.lengths))
-        pools = np.split(order, range(self.pool_size, len(order), self.pool_size))
-        order = np.concatenate(
-            [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
-        )
-        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
-        for i in self.rng.permutation(len(batches)):
-            yield batches[i]
+        for _ in range(self.passes):
+            order = self.rng.permutation(len(self.lengths))
+            pools = np.split(order, range(self.pool_size, len(order), self.pool_size))
+            order = np.concatenate(
+                [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
+            )
+            batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+            for i in self.rng.permutation(len(batches)):
+                yield batches[i]
 
 
 def fit_vocabulary(words, size):
@@ -370,7 +403,10 @@ def encode(words, vocabulary):
 
 def tokenize(text, pattern):
     """Lower-case words, those that `pattern` finds; interned, so that each is held once."""
-    return [sys.intern(word) for word in pattern.findall(text.lower().replace("’", "'"))]
+    text = html.unescape(unicodedata.normalize("NFC", text)).lower().replace("’", "'")
+    text = re.sub(MARKUP, " ", text)
+    text = re.sub(ALONE, r" \g<0> ", text)
+    return [sys.intern(word) for word in pattern.findall(text)]
 
 
 def three_parts(n, least, what):
@@ -743,25 +779,41 @@ TEXT_COLUMNS = ("text", "review", "sentence", "comment")  # the usual names, in 
 LABEL_COLUMNS = ("label", "sentiment", "class", "rating", "stars")
 MISSING = ("", "na", "nan", "null", "none")  # cells without a value, in lower case
 SEPARATORS = {";": "semicolons", "\t": "tabs", ",": "commas"}
+MOST_BYTES = 500_000_000  # of a text, unpacked
+DAY = 86_400  # seconds
 
 
 def read_text(path):
-    """The text of a UTF-8 file, unpacked if its name ends in .gz; raises InputError."""
+    """The text of a file, unpacked if its name ends in .gz, and notes on it; raises InputError.
+
+    It is UTF-8, or UTF-16 with its mark; what is neither is taken for Windows-1252.
+    """
     try:
-        content = Path(path).read_bytes()
-        if str(path).lower().endswith(".gz"):
-            content = gzip.decompress(content)
-        text = content.decode("utf-8-sig")  # with or without a byte order mark
+        with Path(path).open("rb") as file:
+            packed = str(path).lower().endswith(".gz")
+            content = (gzip.GzipFile(fileobj=file) if packed else file).read(MOST_BYTES + 1)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start:,}); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({why})") from error
+    if len(content) > MOST_BYTES:
+        raise InputError(f"{path}: more than {MOST_BYTES:,} bytes of text; take a part of it")
+    notes = []
+    try:
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = content.decode("cp1252", errors="replace")
+        notes.append(
+            f"not UTF-8 (byte {error.start:,}), so it was read as Windows-1252; if words look "
+            "wrong, save it as UTF-8"
+        )
+    if "\0" in text or "\ufffd" in text[:100_000]:
+        raise InputError(f"{path}: not a text file; save it as plain text or CSV, in UTF-8")
     if not text.strip():
         raise InputError(f"{path}: the file is empty")
-    return text
+    return text, notes
 
 
 def some(values):
@@ -771,64 +823,124 @@ def some(values):
     return ", ".join(shown[:10]) + more
 
 
-def read_table(text):
-    """The cells of a CSV text as strings, header among them, by row of the file; and its separator.
+def split_rows(text, separator, quoting=csv.QUOTE_MINIMAL, strict=False):
+    """The rows of a CSV text as lists of cells, and how many cells most of the filled rows have."""
+    csv.field_size_limit(MOST_BYTES)  # a review may be long
+    lines = io.StringIO(text, newline="")
+    rows = list(csv.reader(lines, delimiter=separator, quoting=quoting, strict=strict))
+    widths = Counter(len(row) for row in rows if row)
+    return rows, widths.most_common(1)[0][0]
 
-    The separator is the one that the first line holds most of; of a tie the first in `SEPARATORS`,
-    for a comma may belong to a number. Raises InputError.
+
+def find_separator(text):
+    """The separator that gives most of the first rows the same number of cells, two or more."""
+    named = re.match(r"\s*sep=([;,\t])\s*\n", text)
+    if named:
+        return named[1]
+    share = {}
+    for separator in SEPARATORS:
+        rows, width = split_rows(text[:100_000], separator)
+        # "1,5" may be one number
+        telling = [row for row in rows if not re.fullmatch(r"[-+]?\d+,\d+", ",".join(row))] or rows
+        share[separator] = np.mean([len(row) == width > 1 for row in telling if row])
+    return max(share, key=share.get)
+
+
+def read_table(text):
+    """The cells of a CSV text as strings, header among them; the separator; notes. InputError.
+
+    Rows are numbered as in a spreadsheet. Comments and titles above the table are left out.
+    Quotation marks are text if all rows have equally many cells without them.
     """
-    body = text.lstrip("\r\n")
-    first_row = 1 + text[: len(text) - len(body)].count("\n")
-    body = re.sub(r"(\r?\n[,;\t ]*)+\Z", "", body)  # spreadsheets add rows of nothing
-    separator = max(SEPARATORS, key=body.partition("\n")[0].count)
-    try:
-        table = pd.read_csv(
-            io.StringIO(body),
-            sep=separator,
-            header=None,
-            dtype=str,
-            keep_default_na=False,
-            skip_blank_lines=False,  # one within a series is a gap
-        )
-    except ValueError as error:
-        why = " ".join(str(error).split())
-        raise InputError(f"not a table of {SEPARATORS[separator]} ({why})") from error
-    table.index += first_row
-    return table.apply(lambda cells: cells.str.strip()), separator
+    separator = find_separator(text)
+    rows, width = split_rows(text, separator, csv.QUOTE_NONE)
+    if '"' in text:
+        is_even = all(len(row) in (0, width) for row in rows)
+        with suppress(csv.Error):
+            quoted, quoted_width = split_rows(text, separator, strict=True)
+            if not is_even or width != quoted_width or len(quoted) == len(rows):
+                rows = quoted
+                width = quoted_width
+
+    def is_title(row):
+        is_alone = width > 1 and not any(row[1:]) and not len(row) == width == 2  # "date,"
+        return not row or row[0].startswith(("#", "sep=")) or is_alone
+
+    first = next((i for i, row in enumerate(rows) if not is_title(row)), 0)
+    while not "".join(rows[-1]).strip():  # spreadsheets add rows of nothing
+        rows.pop()
+    titles = [" ".join(row)[:60].strip() for row in rows[:first] if row]
+    notes = [f"above the table, left out: {some(titles)}"] if titles else []
+    for number, row in enumerate(rows[first:], start=first + 1):
+        if any(row[width:]):
+            raise InputError(
+                f"not a table of {SEPARATORS[separator]}: row {number} has {len(row)} cells, most "
+                f"have {width}; a cell that holds a separator goes into quotation marks"
+            )
+    cells = [row[:width] + [""] * (width - len(row)) for row in rows[first:]]
+    table = DataFrame(cells, index=range(first + 1, len(rows) + 1), dtype=object)
+    return table.apply(lambda column: column.str.strip()), separator, notes
 
 
 def find_column(header, named, usual, option):
-    """The place of the column that the user named, or of the one with a usual name; InputError."""
+    """The place of the column that the user named, or of the one with a usual name; InputError.
+
+    It may be named by its place, from 1, where no column is called so.
+    """
     if named:
         found = [i for i, name in enumerate(header) if name == named]
+        if not found and named.isdecimal() and 0 < int(named) <= len(header):
+            return int(named) - 1
     else:
         found = [i for i, name in enumerate(header) if name.lower() in usual]
     if len(found) == 1:
         return found[0]
     problem = f"there is no column {named or usual[0]!r}"
     if found:
-        problem = f"{len(found)} columns, {some(header[i] for i in found)}, may be meant"
-    raise InputError(f"{problem}; its columns are {some(header)}; name one with --{option}-column")
+        places = [f"{header[i]} (column {i + 1})" for i in found]
+        problem = f"{len(found)} columns, {some(places)}, may be meant"
+    raise InputError(
+        f"{problem}; its columns are {some(header)}; name one, or its place, with --{option}-column"
+    )
+
+
+def split_header(table, names):
+    """Header and rows of a table of reviews, without blank lines.
+
+    The first row is the header if it holds one of the `names`, or nothing that stands below it
+    again, as labels do. Without one the columns are called 1, 2, 3.
+    """
+    header = table.iloc[0].tolist()
+    rows = table.iloc[1:]
+    rows = rows[(rows != "").any(axis=1)]
+    recurs = (rows == header).any() & (table.iloc[0] != "")
+    words = {name.lower() for name in header if not name.isdecimal()}
+    if recurs.any() and not words & set(names):
+        return [str(i) for i in range(1, len(header) + 1)], table[(table != "").any(axis=1)]
+    return header, rows
 
 
 def read_reviews(text, text_column="", label_column=""):
-    """The reviews of a CSV text with a column of texts and one of two or more labels; raises
-    InputError.
+    """The reviews of a CSV text with a column of texts and one of two or more labels, and notes;
+    raises InputError.
 
     Of two labels the second counts as positive, in alphabetical or numerical order.
     """
-    table, _ = read_table(text)
-    header = table.iloc[0].tolist()
-    rows = table.iloc[1:]
-    rows = rows[(rows != "").any(axis=1)]  # without blank lines
+    table, _, notes = read_table(text)
+    names = (*TEXT_COLUMNS, *LABEL_COLUMNS, text_column.lower(), label_column.lower())
+    header, rows = split_header(table, names)
+    if header == ["1", "2"] and not text_column:  # the labels are those that recur
+        label_column = header[int(rows.nunique().idxmin())]
+        text_column = header[2 - int(label_column)]
+        notes.append(f"no header: column {label_column} was taken for the labels")
     texts = rows[find_column(header, text_column, TEXT_COLUMNS, "text")]
     label_place = find_column(header, label_column, LABEL_COLUMNS, "label")
     labels = rows[label_place]
-    empty = labels.index[labels == ""]
+    empty = labels.index[labels.str.lower().isin(MISSING)]
     if len(empty):
         raise InputError(f"row {empty[0]} holds no label")
     numbers = pd.to_numeric(labels, errors="coerce")
-    if numbers.notna().all():
+    if (numbers.abs() < 1e15).all():
         labels = numbers.map("{:.15g}".format)  # 1.0 is 1
         names = sorted(set(labels), key=float)
     else:
@@ -840,43 +952,152 @@ def read_reviews(text, text_column="", label_column=""):
             f"the column {header[label_place]!r} holds {len(names)} different values "
             f"({some(map(repr, names))}); two to 20 labels are needed"
         )
-    return Reviews(texts.tolist(), labels.map(names.index).to_numpy(dtype=int), names)
+    rare = labels.value_counts().loc[lambda counts: counts < 8]
+    if len(rare):
+        notes.append(f"labels with fewer than 8 reviews, too few to be tested: {some(rare.index)}")
+    return Reviews(texts.tolist(), labels.map(names.index).to_numpy(dtype=int), names), notes
 
 
-def falling_date(times):
-    """The first row at which a column of dates falls; None if there is none, or no dates."""
-    is_date = times.str.contains(r"\b(?:19|20)\d\d\b|\d[-/.]\d+[-/.]\d")  # a year or a whole date
-    falls = []
-    for day_first in (False, True):  # 13/02 is what it must be
-        with warnings.catch_warnings(action="ignore"):
-            dates = pd.to_datetime(times[is_date], errors="coerce", utc=True, dayfirst=day_first)
-        if dates.notna().sum() > 0.9 * len(times):
-            falls.append(dates.index[dates.diff() < pd.Timedelta(0)].tolist())
-    return next(iter(min(falls, key=len, default=[])), None)
+def read_numbers(cells, separator):
+    """The numbers in a column of strings, nan where there is none, and notes; raises InputError.
+
+    They are written as 1,234.5 or as 1.234,5 or as 1 234.5, with a currency or per cent sign or
+    without: in the way in which most cells can be read.
+    """
+    numbers = pd.to_numeric(cells, errors="coerce")
+    if separator != ";" and np.isfinite(numbers).all():
+        return numbers, []
+    around = r"^([-+]?)[$€£¥₹]\s*|\s*[$€£¥₹%]$|(?<=\d)[\s'’](?=\d{3}(?!\d))"
+    plain = cells.str.replace("\u2212", "-").str.replace(around, r"\1", regex=True)
+    readings = []
+    for grouping, decimal in (",.", ".,"):
+        pattern = rf"[-+]?[1-9]\d{{0,2}}(?:\{grouping}\d{{3}})+(?:\{decimal}\d*)?"
+        groups = plain.str.fullmatch(pattern)
+        without = plain.mask(groups, plain.str.replace(grouping, ""))
+        without = without.mask(without.str.contains(grouping, regex=False), "")
+        readings.append(pd.to_numeric(without.str.replace(decimal, "."), errors="coerce"))
+    points, commas = readings
+    if points.count() != commas.count():
+        return max(readings, key=Series.count), []
+    differs = points.notna() & (points != commas)
+    if not differs.any():
+        return points, []
+    # all that has a sign has three digits behind it: groups, or decimals?
+    cell = plain[differs].iloc[0]
+    if "." in cell and separator != ";":
+        return points, []
+    if "," in cell and separator == ";":
+        return commas, []
+    whole = points[points.notna() & ~differs]
+    if whole.empty or whole.abs().max() >= 1000:
+        raise InputError(
+            f"{cell!r} may be {points[differs].iloc[0]:.15g} or {commas[differs].iloc[0]:.15g}; "
+            "write it without a sign between thousands, and with a point before decimals"
+        )
+    grouped = points if "," in cell else commas
+    return grouped, [f"{cell!r} and the like were read as {grouped[differs].iloc[0]:.15g}"]
+
+
+def time_columns(table):
+    """The first column of dates, years, 20240131 or Unix seconds, and one of clock times."""
+    sample = table.head(1000)
+
+    def those_of(pattern, columns=table.columns):
+        return [i for i in columns if sample[i].str.contains(pattern).mean() > 0.9]
+
+    first = table.columns[:1]  # elsewhere plain numbers are values
+    dates = those_of(r"^(?!-?\d+[.,]?\d*$).*(?:\b(?:19|20)\d\d\b|\d[-/.]\d+[-/.]\d)")
+    dates = those_of(r"^(?:1[89]|20)\d\d(?:\d{4})?$|^1\d{9}(?:\d{3})?$", first) or dates
+    return dates[:1] + those_of(r"^\d\d?:\d\d")[:1]
+
+
+def read_times(table):
+    """The times (N,) of the rows of a table, from its `time_columns`; None if there are none."""
+    columns = time_columns(table)
+    readings = []
+    if columns:
+        cells = table[columns].agg(" ".join, axis=1)
+        if cells.str.fullmatch(r"\d{10,13}").all():
+            seconds = cells.astype(float)
+            readings.append(pd.to_datetime(seconds, unit="s" if seconds.max() < 1e11 else "ms"))
+        for day_first in (False, True):  # 13/02 is what it must be
+            with warnings.catch_warnings(action="ignore"):
+                times = pd.to_datetime(cells, errors="coerce", utc=True, dayfirst=day_first)
+            readings.append(times.dt.tz_localize(None))
+    readings = [times.dropna() for times in readings if times.notna().mean() > 0.9]
+    return min(readings, key=lambda times: (times.diff() <= pd.Timedelta(0)).sum(), default=None)
+
+
+def check_times(times):
+    """Notes on the times of a series, its gaps; raises InputError unless all rise."""
+    steps = times.diff().dt.total_seconds().iloc[1:]
+    back = steps.index[steps <= 0]
+    if len(back):
+        row = back[0]
+        raise InputError(
+            f"row {row}: {times[row]:%Y-%m-%d %H:%M:%S} is not later than the row before it. If "
+            "there are several series in the column, keep one; else put the rows in order of time"
+        )
+    if steps.min() >= 28 * DAY:  # months and years differ in length
+        lengths = (12 * times.dt.year + times.dt.month).diff().iloc[1:]
+    elif steps.min() >= DAY and (times.dt.day_of_week < 5).all():
+        days = times.to_numpy().astype("datetime64[D]")
+        lengths = Series(np.busday_count(days[:-1], days[1:]), steps.index)
+    else:
+        lengths = steps
+    gaps = lengths.index[lengths > 1.5 * lengths.median()]
+    if len(gaps):
+        wait = pd.Timedelta(seconds=steps[gaps[0]])
+        return [
+            f"gaps in time ({len(gaps)}), the first of {wait} before row {gaps[0]}: a model does "
+            "not see them, for it counts rows"
+        ]
+    return []
+
+
+def check_codes(values):
+    """Raise InputError where an extreme value looks like a code for a missing one, as -999."""
+    levels, counts = np.unique(values, return_counts=True)
+    if len(levels) < 10:
+        return
+    for code, count, rest in (
+        (levels[0], counts[0], levels[1:]),
+        (levels[-1], counts[-1], levels[:-1]),
+    ):
+        distance = np.abs(rest - code).min()
+        others = values[values != code]
+        is_only_negative = code < 0 <= rest[0] and distance > 0.1 * np.ptp(rest)
+        if count >= 3 and (is_only_negative or distance > 3 * others.std()):
+            raise InputError(
+                f"{code:g} stands there {count:,} times, far from all other values "
+                f"({rest[0]:g} to {rest[-1]:g}): if it means that a value is missing, put values in"
+            )
 
 
 def read_series(text, column=""):
-    """The values (N,) of a column of a CSV text, and doubts about them in sentences; raises
-    InputError.
+    """The values (N,) of a column of a CSV text, in order of time, and notes; raises InputError.
 
-    Without a name it is the only column of which most cells are numbers. The first row is a header
-    if it holds no number, or the column's name and another word; without a header the columns are
-    called 1, 2, 3. Where semicolons or tabs separate the columns, the decimal sign may be a comma.
+    Without a name it is the only column of which most cells are numbers, but for that of the
+    times. The header is the first row if it holds no number, or the column's name and another
+    word; further rows of words below it are left out. Without a header the columns are called 1,
+    2, 3.
     """
-    table, separator = read_table(text)
-    points = table
-    if separator != ",":
-        points = table.replace(r"^([-+]?\d*),(\d+)$", r"\1.\2", regex=True)
-    numbers = points.apply(pd.to_numeric, errors="coerce")
+    table, separator, notes = read_table(text)
     header = table.iloc[0].tolist()
-    is_word = numbers.iloc[0].isna()
-    names_column = is_word.any() and (not header[0] or column in filter(None, header))
-    if is_word.all() or names_column:
-        table = table.iloc[1:]
-        numbers = numbers.iloc[1:]
+    is_data = table.head(20).apply(lambda cells: cells.str.match(r"\W*\d++(?![^\W\d_e])"))
+    names_column = not header[0] or column in filter(None, header)
+    if not is_data.iloc[0].any() or (names_column and not is_data.iloc[0].all()):
+        below = is_data.iloc[1:].any(axis=1)
+        first = below.idxmax() if below.any() else table.index[-1] + 1
+        if first > table.index[0] + 1:
+            notes.append(f"what stands between the header and row {first} was left out")
+        table = table.loc[first:]
     else:
         header = [str(i) for i in range(1, len(header) + 1)]
-    numeric = numbers.columns[numbers.notna().mean() > 0.5]
+    number = r"\W*\d[\d.,\s'’]*(?:e[-+]?\d+)?\s*[%$€£¥₹]?"
+    numeric = [i for i in table if table[i].head(1000).str.fullmatch(number).mean() > 0.5]
+    if len(numeric) > 1:
+        numeric = [i for i in numeric if i not in time_columns(table)]
     if column:
         place = find_column(header, column, (), "series")
     elif len(numeric) == 1:
@@ -888,17 +1109,23 @@ def read_series(text, column=""):
         )
     if table.empty:
         raise InputError("no row below the header")
-    values = numbers[place]
-    for row, cell in table[place][~np.isfinite(values)].items():  # the first will do
+    numbers, more = read_numbers(table[place], separator)
+    notes.extend(more)
+    for row, cell in table[place][~np.isfinite(numbers)].items():  # the first will do
         found = f"{cell[:40]!r}, which is not a finite number"
         if cell.lower() in MISSING:
             found = "no value"
         raise InputError(f"row {row} holds {found} in the column {header[place]!r}")
-    falls = [falling_date(table[other]) for other in table if other != place]
-    doubts = [
-        f"the dates fall at row {row}; a series must be in order of time" for row in falls if row
-    ]
-    return values.to_numpy(dtype=float, copy=True), doubts
+    values = numbers.to_numpy(dtype=float, copy=True)
+    times = read_times(table.drop(columns=place))
+    if times is not None:
+        if times.diff().max() < pd.Timedelta(0):
+            times = times[::-1]
+            values = values[::-1].copy()
+            notes.append("the newest values came first; they were turned round")
+        notes.extend(check_times(times))
+    check_codes(values)
+    return values, notes
 
 
 # ======================================================================================
@@ -1390,7 +1617,7 @@ class Predictor(SequenceModel):
             # at temperature 0 all but the likeliest vanish
             probabilities = ((logits - logits.max()) / max(temperature, 1e-30)).softmax(dim=0)
             drawn.append(known[torch.multinomial(probabilities, 1, generator=generator).item()])
-        return re.sub(r" ([.!?])", r"\1", " ".join(drawn))
+        return re.sub(rf" ({SENTENCE_END})", r"\1", " ".join(drawn))
 
 
 class Forecaster(SequenceModel):
@@ -1658,6 +1885,9 @@ class Change(NamedTuple):
     after: SequenceDataset
 
 
+UNKNOWN_SHARE = "unknown words in the test split"  # among the facts
+
+
 @dataclass(frozen=True)
 class TaskData:
     """The data of one seed: three disjoint splits and what is known about them."""
@@ -1707,10 +1937,11 @@ def build_reviews(config, seed, device=CPU):
     """
     rng = random_generator(seed, "reviews")
     if config.file:
-        reviews = read_reviews(read_text(config.file.path), *config.file.columns)
+        reviews, doubts = read_reviews(config.file.text, *config.file.columns)
         order = dealt_by_label(reviews.labels, rng)
     else:
         reviews = generate_reviews(config, rng)
+        doubts = []
         order = range(len(reviews.texts))
     tokens = Series([tuple(tokenize(text, WORDS)) for text in reviews.texts])[order]
     tokens = tokens[tokens.map(len) > 0].drop_duplicates()  # repetitions would cross the splits
@@ -1727,6 +1958,7 @@ def build_reviews(config, seed, device=CPU):
 
     tested = kept[parts[2]]
     truth = labels[parts[2]]
+    unknown = (test.inputs == 1).sum().item() / test.lengths.sum().item()
     examples = DataFrame({"truth": names[truth], "text": [reviews.texts[i] for i in tested]})
     ceilings = {}
     change = None
@@ -1762,15 +1994,14 @@ def build_reviews(config, seed, device=CPU):
             "mean length (words)": np.mean([len(review) for review in words]),
             "distinct words": len(set().union(*words)),
             "vocabulary": len(vocabulary),
-            "unknown words in the test split": (
-                (test.inputs == 1).sum().item() / test.lengths.sum().item()
-            ),
+            UNKNOWN_SHARE: unknown,
         },
         examples=examples,
         spell=partial(np.take, names),
         change=change,
         baselines=partial(review_baselines, train, validation, test, len(vocabulary)),
         ceilings=lambda: ceilings,
+        doubts=doubts,
     )
 
 
@@ -1778,7 +2009,7 @@ def build_corpus(config, seed, device=CPU):
     """A corpus, cut in three, encoded with the training part's vocabulary; raises InputError."""
     window = config.window
     if config.file:
-        lines = read_text(config.file.path).splitlines()  # one at a time, which saves memory
+        lines = config.file.text.splitlines()  # one at a time, which saves memory
         words = [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
     else:
         corpus = generate_corpus(config, random_generator(seed, "corpus"))
@@ -1843,7 +2074,7 @@ def build_corpus(config, seed, device=CPU):
             "distinct words": len(set(words)),
             "vocabulary": len(vocabulary),
             "test windows": len(test),
-            "unknown words in the test split": (test.targets == 1).float().mean().item(),
+            UNKNOWN_SHARE: (test.targets == 1).float().mean().item(),
             "test windows that also occur in training": np.mean(
                 [tuple(ids) in trained_on for ids in test.inputs.tolist()]
             ),
@@ -1864,7 +2095,7 @@ def build_series(config, seed, device=CPU):
     """
     doubts = []
     if config.file:
-        values, doubts = read_series(read_text(config.file.path), *config.file.columns)
+        values, doubts = read_series(config.file.text, *config.file.columns)
     else:
         series = generate_series(config, random_generator(seed, "series"))
         values = series["value"].to_numpy(copy=True)
@@ -2278,7 +2509,10 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
         optimizer, factor=training.lr_factor, patience=training.lr_patience
     )
     batches = LengthBuckets(
-        data.train.lengths, training.batch_size, random_generator(seed, "batches")
+        data.train.lengths,
+        training.batch_size,
+        random_generator(seed, "batches"),
+        training.updates,
     )
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)
     history = []
@@ -2382,7 +2616,7 @@ def measure_costs(task, models, training, data, steps=2, rounds=2):
             "activation_bytes": activation_bytes(model, task, (longest, data.train.targets[:size])),
             "ms_per_step": round(1000 * median, 2),
             "samples_per_second": round(size / median),
-            "seconds_per_epoch": median * math.ceil(len(data.train) / size),
+            "seconds_per_epoch": median * max(training.updates, len(buckets)),
         }
     return costs
 
@@ -2534,9 +2768,13 @@ class Experiment:
 def load_data(task, config, seed, device):
     """A seed's data, kept for the next model; raises InputError, which names the user's file."""
     try:
-        return TASKS[task].build_data(config, seed, device)
+        data = TASKS[task].build_data(config, seed, device)
     except InputError as error:
         raise InputError(f"{config.file.path}: {error}" if config.file else str(error)) from error
+    doubts = [*(config.file.notes if config.file else ()), *data.doubts]
+    if data.facts.get(UNKNOWN_SHARE, 0) > 0.5:
+        doubts.append("more than half of the words in the test part do not occur in training")
+    return replace(data, doubts=doubts)
 
 
 def write_whole(path, content):
@@ -2769,6 +3007,14 @@ def attempt_all(runs, experiment, workers, on_epoch):
                 time.sleep(0.02)
 
 
+def expected_seconds(run, experiment, epochs=20):
+    """How long so many epochs of a run take, or fewer if its cap is lower."""
+    if run.model == BASELINES:
+        return 2.0  # no cost is measured
+    cap = experiment.config[run.task].training.epochs
+    return experiment.costs[run.task][run.model]["seconds_per_epoch"] * min(epochs, cap)
+
+
 def complete_runs(runs, experiment):
     """Do the `runs`, when resuming what is not finished of them, and show how far it is.
 
@@ -2779,13 +3025,8 @@ def complete_runs(runs, experiment):
     if not runs:
         return {}
     workers = min(experiment.workers, len(runs))
-    per_epoch = {}  # expected seconds
-    left = {}  # of the whole run
-    for run in runs:
-        per_epoch[run] = 0.1  # the baselines, of which no cost is measured
-        if run.model != BASELINES:
-            per_epoch[run] = experiment.costs[run.task][run.model]["seconds_per_epoch"]
-        left[run] = per_epoch[run] * min(experiment.config[run.task].training.epochs, 20)
+    per_epoch = {run: expected_seconds(run, experiment, epochs=1) for run in runs}
+    left = {run: expected_seconds(run, experiment) for run in runs}
     # of each task and seed the baselines first, which hold the test examples, then the longest run
     tasks = experiment.tasks
     runs = sorted(runs, key=lambda r: (tasks.index(r.task), r.seed, r.model != BASELINES, -left[r]))
@@ -2971,7 +3212,7 @@ def tuning_table(runs, folder):
     return table.assign(chosen=(means == lowest) & np.isfinite(means))
 
 
-def tune_rates(experiment, grid):
+def tune_rates(experiment, tasks, grid):
     """Each model's learning rate, by (task, model), and the table of the runs that it comes from.
 
     Successive halving (Jamieson & Talwalkar 2016): the first seed tries the grid, the better half
@@ -2979,9 +3220,16 @@ def tune_rates(experiment, grid):
     at the edge is followed outwards until the loss rises. A model gets no rate if a run failed
     other than by divergence, for its rate may be the best, or if all diverged.
     """
-    pairs = list(product(experiment.tasks, experiment.models))
+    pairs = list(product(tasks, experiment.models))
     tried = {pair: list(grid) for pair in pairs}
     first, *others = experiment.seeds
+    of_each = len(grid) + math.ceil(len(grid) / 2) * len(others)
+    seconds = sum(expected_seconds(Run(*pair, first), experiment) for pair in pairs)
+    print(
+        f"learning rates are chosen first, by about {of_each * len(pairs)} runs: "
+        f"{tqdm.format_interval(of_each * seconds / experiment.workers)}, if a run takes 20 epochs",
+        file=sys.stderr,
+    )
     new = [Run(*pair, first, rate, is_tuning=True) for pair in pairs for rate in grid]
     runs = []
     incomplete = set()
@@ -3258,21 +3506,22 @@ def compare(examples):
     table = DataFrame(rows, columns=columns)
     adjusted = holm(table["p"].where(table["is_primary"]))
     table["p"] = adjusted.where(table["is_primary"], table["p"])
+    table["is_clear"] = (table["p"] < 0.05) & (table["difference"] != 0)
     table["verdict"] = [verdict(row) for row in table.itertuples()]
     return table.drop(columns=["p", "is_primary"])
 
 
 # --- for people -----------------------------------------------------------------------
 
-INTRODUCTION = """# RNN, LSTM and GRU: results
-
-The same training for all cells, each at its own learning rate. Each seed draws its own data, or
-the splits of a user's reviews; a user's text or series is always cut at the same places. Test
-results are means ± standard deviations over the seeds. A ceiling is the best that is possible on
-generated data. Brackets hold 95 % intervals of the paired difference over seeds (Student's t, no
-narrower than the test examples alone leave it), where none is better the first minus the second.
-In a task's first metric a difference is called clear if it survives Holm's correction over all
-that are listed. Seconds are those of a run's training, with other runs beside it."""
+TITLE = "# RNN, LSTM and GRU: results"
+INTRODUCTION = """The same training for all cells, each at its own learning rate. Each seed draws
+its own data, or the splits of a user's reviews; a user's text or series is always cut at the same
+places. Test results are means ± standard deviations over the seeds. A ceiling is the best that is
+possible on generated data. Brackets hold 95 % intervals of the paired difference over seeds
+(Student's t, no narrower than the test examples alone leave it), where none is better the first
+minus the second. In a task's first metric a difference is called clear if it survives Holm's
+correction over all that are listed. Seconds are those of a run's training, with other runs beside
+it."""
 COSTS_NOTE = """Median time of a step, the models taking turns on the same batches if one command
 trained them; activations: what the forward pass on a full batch of the longest possible examples
 keeps for the backward pass. The kernel is the implementation of the recurrent layer that ran:
@@ -3406,6 +3655,39 @@ def findings(task, examples, runs, comparisons):
             "soon: see --epochs"
         )
     return sentences
+
+
+def answer(task, scores, runs, comparisons, file):
+    """What a user asked of their own data: which model is best, and whether it is worth it."""
+    metric = task.metrics[0]
+    summary = summarise(scores[scores["metric"] == metric.name])
+    summary = summary.sort_values("mean", ascending=not metric.higher_is_better)
+    shown = {}
+    for row in summary.itertuples():
+        shown[row.name] = f"{row.name} ({show(row.mean, row.std, metric.is_share)})"
+    kinds = summary.groupby("kind")["name"].agg(list)
+    best = kinds["model"][0]
+    baseline = kinds["baseline"][0]
+    if runs["seed"].nunique() == 1:
+        return (
+            f"On {file}, by {metric.label}: {shown[best]}, and without training {shown[baseline]}; "
+            "one seed supports no ranking."
+        )
+    clear = set()
+    for row in comparisons[comparisons["is_clear"]].query("metric == @metric.name").itertuples():
+        clear.update([(row.a, row.b), (row.b, row.a)])
+    alike = [name for name in kinds["model"] if (name, best) not in clear]
+    if len(alike) == 1:
+        said = f"the {shown[best]} is best"
+    else:
+        best = runs[runs["model"].isin(alike)].groupby("model")["seconds"].mean().idxmin()
+        said = f"{', '.join(alike)} do not differ clearly, and the {shown[best]} takes least time"
+    names = summary["name"].tolist()
+    if (best, baseline) in clear and names.index(best) < names.index(baseline):
+        said += f"; it is better than {shown[baseline]}"
+    else:
+        said += f"; it is no better than {shown[baseline]}: use the latter, or more data"
+    return f"On {file}, by {metric.label}: {said}."
 
 
 def task_text(task, records, examples, scores, runs, comparisons, config):
@@ -3942,7 +4224,7 @@ def make_report(folder, failed=0):
     write_table(folder, "runs", runs[RUN_COLUMNS])
     write_table(folder, "history", history)
     write_table(folder, "summary", summarise(scores[scores["metric"].isin(CSV_METRICS)]))
-    write_table(folder, "comparisons", comparisons)
+    write_table(folder, "comparisons", comparisons.drop(columns="is_clear"))
     write_table(folder, "costs", costs)
     (folder / "predictions").mkdir(exist_ok=True)
     for (task, seed), answers in examples.groupby(["task", "seed"]):
@@ -3951,6 +4233,7 @@ def make_report(folder, failed=0):
         write_whole(folder / "predictions" / f"{task}_seed{seed}.csv", "\ufeff" + table)
 
     # texts and figures
+    answers = []
     texts = [INTRODUCTION]
     figures = {
         "long_range": partial(long_range_figure, runs, examples),
@@ -3963,7 +4246,10 @@ def make_report(folder, failed=0):
         own_records = [record for record in records if record["task"] == name]
         tables = [table[table["task"] == name] for table in (examples, scores, runs, comparisons)]
         texts.append(task_text(task, own_records, *tables, config[name]))
-        own_examples, own_scores, own_runs, _ = tables
+        own_examples, own_scores, own_runs, own_comparisons = tables
+        file = config[name]["file"]
+        if file:
+            answers.append(answer(task, own_scores, own_runs, own_comparisons, file))
         draw = partial(training_history_figure, own_runs, history, task)
         figures[f"{name}_training_history"] = draw
         for figure, make in TASK_FIGURES[name].items():
@@ -3980,6 +4266,7 @@ def make_report(folder, failed=0):
         f"## Cost of a training step\n\n{markdown(costs.drop(columns=SIZES))}\n\n{COSTS_NOTE}",
         "## Environment\n\n" + "\n".join(lines),
     ]
+    texts = [TITLE, *answers, *texts]
     write_whole(folder / "pytorch_rnn_summary.md", "\n\n".join(texts) + "\n")
     drawn, broken = draw_figures(folder, figures)
     print(*texts, sep="\n\n")
@@ -4049,14 +4336,32 @@ def usable_cores(quota_file=Path("/sys/fs/cgroup/cpu.max")):
     return cores
 
 
-def user_file(path, columns=()):
-    """The file as a configuration names it, a `UserFile`; raises InputError."""
-    path = str(path)
-    # os.path, for Path's raise if a name is too long
-    if not path or os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
-        raise InputError(f"{path!r}: not a regular file; a run needs one that can be read again")
-    digest = hashlib.sha256(read_text(path).encode()).hexdigest()
-    return UserFile(path, digest, tuple(columns))
+def user_data(option, given, columns=()):
+    """What a user gave for `reviews`, `corpus` or `series`: a path, or the data; InputError."""
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and len(given) < 256):
+        path = str(given)
+        # os.path, for Path's raise if a name is too long
+        if not path or os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
+            raise InputError(
+                f"{path!r}: not a regular file; a run needs one that can be read again"
+            )
+        text, notes = read_text(path)
+        return UserData(path, text, tuple(columns), tuple(notes))
+    try:
+        if option == "corpus":
+            text = given if isinstance(given, str) else "\n".join(given)
+        elif option == "reviews" and not isinstance(given, DataFrame):
+            texts, labels = given
+            text = DataFrame({"text": list(texts), "label": list(labels)}).to_csv(index=False)
+        else:
+            table = DataFrame(given)  # names that are numbers would be taken for values
+            table.columns = [name if isinstance(name, str) else f"x{name}" for name in table]
+            text = table.to_csv(index=not isinstance(table.index, pd.RangeIndex))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{option}: {first_line(error)}; a path is needed, or (texts, labels), a text, values"
+        ) from error
+    return UserData(option, text, tuple(columns))
 
 
 def configure(options):
@@ -4077,7 +4382,8 @@ def configure(options):
         if path is not None:
             if name not in options["tasks"]:
                 raise InputError(f"--{option} is for the {name}, which --tasks leaves out")
-            changes["file"] = user_file(path, [options[column] for column in COLUMNS[option]])
+            columns = [options[column] for column in COLUMNS[option]]
+            changes["file"] = user_data(option, path, columns)
         config[name] = replace(default, **changes)
     return config
 
@@ -4098,7 +4404,7 @@ def run(
     seeds=None,
     quick=False,
     match="hidden",
-    tune=False,
+    tune=None,
     learning_rate=None,
     epochs=None,
     hidden_dim=None,
@@ -4169,8 +4475,10 @@ def run(
     rates = {}
     for task, model in pairs:
         rates[task, model] = learning_rate or CELLS[cell_name(model)].learning_rates[task]
-    if tune:
-        rates, table = tune_rates(experiment, RATES[4:6] if quick else RATES[3:7])
+    tuned = [name for name in experiment.tasks if tune or config[name].file]
+    if tuned and tune is not False and not learning_rate and (tune or not quick):
+        found, table = tune_rates(experiment, tuned, RATES[4:6] if quick else RATES[3:7])
+        rates = {pair: rate for pair, rate in rates.items() if pair[0] not in tuned} | found
         write_table(folder, "tuning", table)
         figure = {"learning_rates": partial(learning_rates_figure, table)}
         failed = draw_figures(folder, figure)[1]
@@ -4188,13 +4496,21 @@ def run(
 # --- trained models in use ------------------------------------------------------------
 
 
+def print_notes(notes):
+    """What may mislead, on stderr."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def read_source(source):
     """The input of --predict: standard input for "-", a file's text, or the words themselves."""
     if source == "-":
         return sys.stdin.buffer.read().decode(errors="replace")
     is_file = os.path.exists(source)  # noqa: PTH110 (Path's raises if a text is too long)
     if is_file or re.search(r"(?i)\.(txt|[ct]sv|gz)$", source):  # else a typo would be words
-        return read_text(source)
+        text, notes = read_text(source)
+        print_notes(notes)
+        return text
     return source
 
 
@@ -4202,9 +4518,11 @@ def print_labels(model, source, options):
     """Label and probability of each line; of a CSV file, a CSV with them beside each text."""
     text = read_source(source)
     if re.search(r"(?i)\.[ct]sv(\.gz)?$", source):
-        table, _ = read_table(text)
-        place = find_column(table.iloc[0], options.get("text_column"), TEXT_COLUMNS, "text")
-        texts = table.iloc[1:, place].tolist()
+        table, _, notes = read_table(text)
+        print_notes(notes)
+        text_column = options.get("text_column", "")
+        header, rows = split_header(table, [*TEXT_COLUMNS, text_column.lower()])
+        texts = rows[find_column(header, text_column, TEXT_COLUMNS, "text")].tolist()
         answers = DataFrame(model.predict(texts), columns=["label", "probability"]).round(4)
         answers = answers.assign(text=texts).to_csv(index=False, na_rep="-")
         print(answers, end="")
@@ -4224,16 +4542,15 @@ def print_words(model, source, options):
 
 def print_values(model, source, options):
     """The next values of a series, as CSV; on stderr, what may mislead."""
-    values, doubts = read_series(read_source(source), options.get("series_column"))
+    values, notes = read_series(read_source(source), options.get("series_column", ""))
     low, high = model.preprocessing["scaler"]["range"]
     read = values[-model.preprocessing["window"] :]
     if np.abs(read - (low + high) / 2).max() > high - low:  # from the middle, twice as far
-        doubts.append(
+        notes.append(
             f"the last values lie between {read.min():g} and {read.max():g}, far from those of "
             f"training ({low:g} to {high:g}): is it a series of that kind?"
         )
-    for doubt in doubts:
-        print(f"note: {doubt}", file=sys.stderr)
+    print_notes(notes)
     print("step,value")
     for step, value in enumerate(model.predict(values, options["length"]), start=1):
         print(f"{step},{value}")
@@ -4271,7 +4588,7 @@ HELP = {
     "seeds": "default: 42 43 44; with --quick: 42",
     "quick": "the whole pipeline on tiny data, two epochs",
     "match": "hidden or params: equal hidden sizes (default) or recurrent parameters",
-    "tune": "choose learning rates first, by validation loss",
+    "tune": "choose learning rates first, by validation loss; default: for your own data alone",
     "learning_rate": "of all models; default: each model's own",
     "epochs": "cap on epochs; default: by task",
     "hidden_dim": "hidden units; default: 100, of the forecaster 32",
@@ -4305,7 +4622,9 @@ def parse_args(argv=None):
     for name, text in HELP.items():
         flag = f"--{name.replace('_', '-')}"
         kind = type(RANGES[name][0]) if name in RANGES else str
-        if name in ("quick", "tune", "resume", "report"):
+        if name == "tune":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif name in ("quick", "resume", "report"):
             parser.add_argument(flag, action="store_true", help=text)
         elif name in ("tasks", "models", "seeds"):
             parser.add_argument(flag, type=kind, nargs="+", help=text)

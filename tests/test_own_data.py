@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -36,6 +37,17 @@ def series_csv(n=500):
     )
 
 
+DAYS = pd.date_range("2022-01-01", periods=60)
+
+
+def dated(times, instead=()):
+    """A series of one row a time, its values from 0 to 12 but for those given instead by row."""
+    times = np.ravel(list(times))
+    values = dict(enumerate(np.arange(len(times)) % 13)) | dict(instead)
+    rows = [f"{str(time)[:19]},{value}" for time, value in zip(times, values.values())]
+    return "time,value\n" + "\n".join(rows)
+
+
 TASK_OF = {"reviews": "classifier", "corpus": "predictor", "series": "forecaster"}
 WRITERS = {"reviews": reviews_csv, "corpus": corpus_txt, "series": series_csv}
 
@@ -43,8 +55,8 @@ WRITERS = {"reviews": reviews_csv, "corpus": corpus_txt, "series": series_csv}
 def build(kind, path, column="", **changes):
     """The task data of a user's file in the quick configuration."""
     task = TASK_OF[kind]
-    config = replace(rnn.QUICK[task], file=rnn.user_file(str(path), column), **changes)
-    return rnn.TASKS[task].build_data(config, 0)
+    config = replace(rnn.QUICK[task], file=rnn.user_data(kind, str(path), column), **changes)
+    return rnn.load_data(task, config, 0, rnn.CPU)
 
 
 @pytest.fixture
@@ -90,13 +102,13 @@ def test_labels_keep_their_case_and_the_second_in_order_is_positive(labels, name
 def test_reviews_with_quotes_line_breaks_other_columns_and_another_separator(separator):
     text = 'id,label,text\n1,yes,"one\t two; three,\n\nand ""four"""\n\n2,no,five\n\n'
     text = text.translate({ord(","): separator}) if separator != "," else text
-    reviews = rnn.read_reviews(text)
+    reviews, _ = rnn.read_reviews(text)
     assert reviews.texts == [f'one\t two; three{separator}\n\nand "four"', "five"]
     assert reviews.labels.tolist() == [1, 0] and reviews.names == ["no", "yes"]
 
 
 def test_a_review_of_any_length_and_words_that_look_like_gaps_are_read():
-    reviews = rnn.read_reviews(f"text,label\n{'word ' * 100_000},1\nNA,0\nnan,0\n")
+    reviews, _ = rnn.read_reviews(f"text,label\n{'word ' * 100_000},1\nNA,0\nnan,0\n")
     assert len(reviews.texts[0]) == 499_999 and reviews.texts[1:] == ["NA", "nan"]
 
 
@@ -109,7 +121,7 @@ def test_repeated_and_empty_reviews_are_left_out_and_counted(written):
 
 def test_own_reviews_are_shuffled_by_the_seed(written):
     rows = sorted(reviews_csv().splitlines()[1:], key=lambda row: row[-3:])  # all neg first
-    file = rnn.user_file(str(written("text,label\n" + "\n".join(rows))))
+    file = rnn.user_data("reviews", str(written("text,label\n" + "\n".join(rows))))
     config = replace(rnn.QUICK["classifier"], file=file)
     splits = [rnn.build_reviews(config, seed) for seed in (0, 0, 1)]
     assert 0.2 < splits[0].test.targets.mean() < 0.8
@@ -189,12 +201,182 @@ def test_series_with_and_without_header_and_blank_lines_around(text, column, val
     assert rnn.read_series(text, column)[0].tolist() == values
 
 
+# --- files as the world writes them ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "values"),
+    [
+        ('t,x\na,"1,029.5"\nb,758.25\n', "", [1029.5, 758.25]),
+        ("t;x\na;1.029,5\nb;758,25\n", "", [1029.5, 758.25]),
+        ("t;x\na;1 029,5\nb;758,25\n", "", [1029.5, 758.25]),
+        ("t;x\na;12.029.001\nb;758\n", "", [12029001, 758]),
+        ("t;x\na;-0.125\nb;0.250\n", "", [-0.125, 0.25]),
+        ("t,x\na,1.029\nb,2.345\n", "", [1.029, 2.345]),
+        ('t,x\na,"5,9"\nb,"2,8"\n', "", [5.9, 2.8]),
+        ("t,x\na,$758.05\nb,-$8\n", "", [758.05, -8]),
+        ("t,x\na,3.1 %\nb,\u22124%\n", "", [3.1, -4]),
+        ("t,x\na,1e-3\nb,.5\n", "", [0.001, 0.5]),
+        ("t,x,x\na,1,2\nb,3,4\n", "3", [2, 4]),
+        ("time,price,high\n,usd,usd\na,1,2\nb,3,4\n", "price", [1, 3]),
+        ('t,x\n"a",1\n"b,c",2\n', "", [1, 2]),
+        ("time,x\n1656633600,1\n1656637200,2\n", "", [1, 2]),
+        ("date,x\n20220131,1\n20220201,2\n", "", [1, 2]),
+        ("1749,5.0\n1750,7.0\n1751,6.0\n", "2", [5, 7, 6]),
+    ],
+)
+def test_numbers_in_one_notation_and_columns_by_place(text, column, values):
+    assert rnn.read_series(text, column)[0].tolist() == values
+
+
+@pytest.mark.parametrize(
+    ("above", "said"),
+    [
+        ("# station\n# licence, of 2020\n", "left out: # station, # licence  of 2020"),
+        ("Category: All\n\n", "left out: Category: All"),
+        ("Report,,\n,,\n", "left out: Report"),
+    ],
+)
+def test_what_stands_above_the_table_is_left_out_and_said(above, said):
+    table = "\n".join(["day,n,x", *(f"d{i},n,{i % 7}" for i in range(60))])
+    values, [note] = rnn.read_series(above + table, "x")
+    assert values.tolist() == [i % 7 for i in range(60)] and said in note
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("sep=;\ntext;label\ngood, really;1\nbad, bad;0\nbad;0\n", ()),
+        ("1,good\n2,bad\n2,worse\n1,fine\n", ()),
+        ("1,good,x\n2,bad,x\n2,worse,y\n1,fine,y\n", ("2", "1")),
+        ('label\ttext\n1\t"good\n2\tbad"\n2\tworse\n', ()),
+    ],
+)
+def test_reviews_without_header_with_stray_quotes_or_a_separator_in_the_first_line(text, columns):
+    reviews, _ = rnn.read_reviews(text, *columns)
+    assert [text.strip('"').partition(",")[0] for text in reviews.texts[:2]] == ["good", "bad"]
+    assert len(reviews.texts) == text.count("\n") - ("label" in text) - ("sep" in text)
+    assert reviews.labels[1] == reviews.labels[2]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "notes"), [("utf-8", 0), ("utf-8-sig", 0), ("utf-16", 0), ("cp1252", 1)]
+)
+def test_encodings(encoding, notes, written):
+    text, said = rnn.read_text(written("naïve café, 5 €".encode(encoding)))
+    assert text == "naïve café, 5 €" and len(said) == notes
+
+
+def test_a_long_text_is_not_unpacked_beyond_the_limit(written, monkeypatch):
+    monkeypatch.setattr(rnn, "MOST_BYTES", 1000)
+    with pytest.raises(rnn.InputError, match="more than 1,000 bytes"):
+        rnn.read_text(written(gzip.compress(b"a " * 10**6), "a.csv.gz"))
+
+
+@pytest.mark.parametrize(
+    ("times", "notes"),
+    [
+        (DAYS, 0),
+        (DAYS[DAYS.day_of_week < 5], 0),
+        (pd.date_range("2000-01-31", periods=60, freq="ME"), 0),
+        (pd.date_range("2000-01-31", periods=60, freq="YE"), 0),
+        (DAYS[::-1], 1),
+        ([*DAYS[:9], *DAYS[12:]], 1),
+    ],
+)
+def test_times_are_even_or_it_is_said(times, notes):
+    values, said = rnn.read_series(dated(times))
+    assert len(said) == notes
+    assert values[0] == (0 if times[0] < times[1] else (len(times) - 1) % 13)
+    if notes and times[0] < times[1]:
+        assert "the first of 4 days" in said[0] and "row 11" in said[0]
+
+
+def test_an_extreme_value_is_no_code_if_it_is_rare_or_near_the_others():
+    rng = np.random.default_rng(0)
+    for values in (
+        rng.normal(size=500),
+        np.where(rng.random(500) < 0.5, 0, rng.normal(5, 1, 500)),  # rain
+        rng.integers(0, 2, 500),
+        rng.integers(-1, 60, 500),
+    ):
+        rnn.check_codes(values.astype(float))
+    with pytest.raises(rnn.InputError, match="-200 stands there 50 times"):
+        rnn.check_codes(np.append(rng.integers(2, 1480, 500), [-200.0] * 50))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("很好，太吵", "很 好 太 吵"),
+        ("किताब बहुत बुरी थी।", "किताब बहुत बुरी थी ।"),
+        ("cafe\u0301 می\u200cخواهم", "café می\u200cخواهم"),
+        ("great:) 😡!", "great :) 😡 !"),
+        ("A<br /><b>b</b> &amp;\\nc", "a b c"),
+    ],
+)
+def test_words_of_other_scripts_faces_and_markup(text, words):
+    assert rnn.tokenize(text, rnn.WORDS_AND_ENDS) == words.split()
+
+
+def test_mostly_unknown_words_are_said(written):
+    half = " ".join(f"w{i}" for i in range(200))
+    for content, notes in ((half + " a b c" * 100, 0), ("a b c " * 100 + half, 1)):
+        data = build("corpus", written(content))
+        assert sum("do not occur in training" in doubt for doubt in data.doubts) == notes
+
+
+# --- data from Python -----------------------------------------------------------------
+
+TEXTS = [f"It was {(BAD, GOOD)[i % 2][i % 4]}, number {i}" for i in range(60)]
+LABELS = [i % 2 for i in range(60)]
+WAVE = np.sin(np.arange(300) / 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("reviews", (TEXTS, LABELS)),
+        ("reviews", (np.array(TEXTS), pd.Series(LABELS, index=range(5, 65)))),
+        ("reviews", pd.DataFrame({"text": TEXTS, "label": LABELS})),
+        ("corpus", corpus_txt()),
+        ("corpus", corpus_txt().split()),
+        ("series", WAVE),
+        ("series", WAVE.tolist()),
+        ("series", pd.Series(WAVE, pd.date_range("2022-01-01", periods=300))),
+        ("series", pd.DataFrame({"day": pd.date_range("2022-01-01", periods=300), "y": WAVE})),
+    ],
+)
+def test_data_from_python_are_as_those_of_a_file(kind, given, written):
+    contents = {
+        "reviews": pd.DataFrame({"text": TEXTS, "label": LABELS}).to_csv(index=False),
+        "corpus": corpus_txt(),
+        "series": "\n".join(map(str, WAVE)),
+    }
+    config = replace(rnn.QUICK[TASK_OF[kind]], file=rnn.user_data(kind, given))
+    data = rnn.load_data(TASK_OF[kind], config, 0, rnn.CPU)
+    expected = build(kind, written(contents[kind]))
+    assert torch.equal(data.train.inputs, expected.train.inputs)
+    assert torch.equal(data.test.targets, expected.test.targets)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("reviews", (TEXTS, LABELS[1:])),
+        ("reviews", 5),
+        ("series", {1: [2], 3: [4, 5]}),
+        ("corpus", [1, 2]),
+    ],
+)
+def test_data_from_python_that_cannot_be_used_are_refused(kind, given):
+    with pytest.raises(rnn.InputError, match=kind):
+        rnn.user_data(kind, given)
+
+
 # --- what is refused ------------------------------------------------------------------
 
-NAME_ONE, RAGGED = (
-    "name one with --series-column",
-    "Error tokenizing data. C error",
-)  # pandas says the latter
+NAME_ONE = "name one with --series-column"
 THIRTY_LABELS = "text,label\n" + "\n".join(f"a{i},l{i}" for i in range(30))
 SINE = series_csv().splitlines()
 
@@ -211,13 +393,18 @@ def sine_with(row):
         ("reviews", None, "no such file"),
         ("reviews", "", "the file is empty"),
         ("corpus", " \n ", "the file is empty"),
-        ("corpus", b"abc \xff def", "not UTF-8 (byte 4)"),
+        ("corpus", b"abc \xff \0 def", "not a text file"),
+        ("series", b"\x89PNG\r\n\x1a\n\x81\x8d", "not a text file"),
         (
             "reviews",
             "text,mark\na,1\n",
-            "no column 'label'; its columns are text, mark; name one with --label-column",
+            "no column 'label'; its columns are text, mark; name one",
         ),
-        ("reviews", "text,review,label\na,b,1\n", "2 columns, text, review, may be meant"),
+        (
+            "reviews",
+            "text,review,label\na,b,1\n",
+            "2 columns, text (column 1), review (column 2), may be meant",
+        ),
         ("reviews", ",".join(f"c{i}" for i in range(30)), "c8, c9, ... (30 in all)"),
         ("reviews", THIRTY_LABELS, "... (30 in all)); two to 20 labels are needed"),
         (
@@ -234,9 +421,9 @@ def sine_with(row):
         (
             "reviews",
             "text,label\na,1\nb,0,x\n",
-            f"not a table of commas ({RAGGED}: Expected 2 fields in line 3",
+            "not a table of commas: row 3 has 3 cells, most have 2",
         ),
-        ("reviews", 'text,label\n"a,1\nb,0\n', "not a table of commas ("),
+        ("reviews", "text,label\na,1\nb,nan\n", "row 3 holds no label"),
         (
             "reviews",
             "text,label\na,1\nb,0\n",
@@ -259,6 +446,12 @@ def sine_with(row):
         ("series", "\n\n" + sine_with(""), "row 12 holds no value in the column 'temperature'"),
         ("series", sine_with("1981,inf"), "row 10 holds 'inf', which is not a finite number"),
         ("series", sine_with("1981,o.5"), "row 10 holds 'o.5', which is not a finite number"),
+        ("series", "t,x,x\na,1,2\nb,3,4\n", "2 numeric columns among t, x, x"),
+        ("series", "t;x\na;1.029\nb;1.345\n", "'1.029' may be 1.029 or 1029"),
+        ("series", 't,x\na,"1,029"\nb,"1,345"\n', "'1,029' may be 1029 or 1.029"),
+        ("series", dated(2 * [day] for day in DAYS), "row 3: 2022-01-01 00:00:00 is not later"),
+        ("series", dated([*DAYS[:9], *DAYS[:9]]), "row 11: 2022-01-01 00:00:00 is not later"),
+        ("series", dated([[day] for day in DAYS], {7: -999, 9: -999, 20: -999}), "-999 stands"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_status_2(
@@ -349,6 +542,6 @@ def test_the_runs_belong_to_the_content_of_the_file_not_to_its_place(
 
 
 def test_default_folder_is_named_after_the_files(tmp_path):
-    files = [rnn.UserFile("a/films.csv.gz", ""), rnn.UserFile("b.2024.csv", "")]
+    files = [rnn.UserData("a/films.csv.gz", ""), rnn.UserData("b.2024.csv", "")]
     config = {name: replace(rnn.QUICK[name], file=file) for name, file in zip(rnn.TASKS, files)}
     assert rnn.default_folder(config, quick=False).as_posix() == "outputs/own_films_b.2024"

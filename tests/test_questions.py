@@ -64,7 +64,7 @@ def run_on(tmp_path, capsys, no_figures):
     ],
 )
 def test_reviews_under_the_usual_names_or_the_named_ones(text, columns, names):
-    reviews = rnn.read_reviews(text, *columns)
+    reviews, _ = rnn.read_reviews(text, *columns)
     assert list(reviews.names) == names and reviews.texts[:2] == ["a", "b"]
     assert sorted(set(reviews.labels)) == list(range(len(names)))
 
@@ -117,16 +117,15 @@ def dated(days):
     return "\n".join(["day,t", *(f"{day:%d/%m/%Y},{i % 7}" for i, day in enumerate(days))])
 
 
-def test_dates_that_fall_are_said():
+def test_dates_that_fall_are_refused_and_turned_round_where_all_do():
     days = list(pd.date_range("2020-01-01", periods=60))
-    swapped = [*days[:39], days[40], days[39], *days[41:]]
-    falls = {3: days[::-1], 42: swapped}
     assert rnn.read_series(dated(days))[1] == []
-    for row, series in falls.items():
-        [doubt] = rnn.read_series(dated(series))[1]
-        assert f"row {row};" in doubt
-    [doubt] = rnn.read_series("year,n\n2001,5\n2000,6\n", "n")[1]
-    assert "row 3;" in doubt
+    swapped = [*days[:39], days[40], days[39], *days[41:]]
+    with pytest.raises(rnn.InputError, match="row 42"):
+        rnn.read_series(dated(swapped))
+    for content, column in ((dated(days[::-1]), ""), ("year,n\n2001,5\n2000,6\n", "n")):
+        assert "turned round" in rnn.read_series(content, column)[1][0]
+    assert rnn.read_series("year,n\n2001,5\n2000,6\n", "n")[0].tolist() == [6, 5]
     for few in ("2020-03-28T00:00:00+01:00,1\n2020-03-30T00:00:00+02:00,2", "Feb,1\nJan,2"):
         assert rnn.read_series("when,t\n" + few)[1] == []
 
@@ -213,7 +212,7 @@ def test_five_labels_go_from_file_to_figures(tmp_path):
 def test_every_split_has_its_share_of_each_label(tmp_path):
     rows = [f"{' '.join(GOOD)} {i};{'usual' if i % 10 else 'rare'}" for i in range(200)]
     (tmp_path / "my.csv").write_text("text;label\n" + "\n".join(rows))
-    config = replace(rnn.QUICK["classifier"], file=rnn.user_file(tmp_path / "my.csv"))
+    config = replace(rnn.QUICK["classifier"], file=rnn.user_data("reviews", tmp_path / "my.csv"))
     for seed in range(3):
         data = rnn.build_reviews(config, seed)
         for split in (data.train, data.validation, data.test):
