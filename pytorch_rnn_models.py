@@ -41,6 +41,7 @@ import os
 import platform
 import re
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -132,7 +133,7 @@ class Training:
     """How a model is trained; all but the learning rate is the same for all cells of a task."""
 
     epochs: int = 30  # upper bound; early stopping may end sooner
-    batch_size: int = 64  # examples per update
+    batch_size: int = 64  # examples per update; of few data fewer: `batch_size_for`
     # of an epoch, at least: it passes several times over few data, so that patience and schedule
     # mean the same for them
     updates: int = 50
@@ -150,6 +151,10 @@ class Training:
                 f"patience {self.patience} ends training before the learning rate has fallen; "
                 f"with lr_patience {self.lr_patience} it must be {least} or more"
             )
+
+    def batch_size_for(self, n_examples):
+        """A twentieth of few examples, but 16: on series of 150 values it halved some errors."""
+        return min(self.batch_size, max(16, n_examples // 20))
 
 
 @dataclass(frozen=True)
@@ -790,6 +795,8 @@ def read_text(path):
     """
     try:
         with Path(path).open("rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
+                raise InputError(f"{path}: a device, not a file")
             packed = str(path).lower().endswith(".gz")
             content = (gzip.GzipFile(fileobj=file) if packed else file).read(MOST_BYTES + 1)
     except FileNotFoundError as error:
@@ -2510,7 +2517,7 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
     )
     batches = LengthBuckets(
         data.train.lengths,
-        training.batch_size,
+        training.batch_size_for(len(data.train)),
         random_generator(seed, "batches"),
         training.updates,
     )
@@ -2594,7 +2601,7 @@ def measure_costs(task, models, training, data, steps=2, rounds=2):
     of the longest examples that may occur.
     """
     lengths = data.train.lengths
-    size = min(training.batch_size, len(data.train))
+    size = min(training.batch_size_for(len(data.train)), len(data.train))
     buckets = LengthBuckets(lengths, size, random_generator(0, "costs"))
     full = [rows for rows in buckets if len(rows) == size]
     full.sort(key=lambda rows: lengths[rows].max())
@@ -2899,7 +2906,8 @@ def complete_run(run, experiment, on_epoch):
         "environment": environment,
         **content,
     }
-    write_whole(path, json.dumps(record, default=np.generic.item))  # settings may be NumPy's
+    text = json.dumps(record, default=np.generic.item)  # settings may be NumPy's
+    write_whole(path, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}")
     if run.learning_rate and not run.is_tuning:  # what was tried is not needed any more
         run._replace(is_tuning=True).model_path(experiment.folder).unlink(missing_ok=True)
 
@@ -3089,10 +3097,15 @@ def read_records(folder, subfolder="runs"):
     found = {}
     for path in (folder / subfolder).glob("*.json"):
         try:
-            record = json.loads(path.read_bytes())
+            if not path.is_file():
+                raise ValueError("a pipe or a folder")
+            text, _, digest = path.read_text(encoding="utf-8").rpartition("\n")
+            if hashlib.sha256(text.encode()).hexdigest() != digest:
+                raise ValueError("cut or changed")
+            record = json.loads(text)
             run = Run(*(record[name] for name in Run._fields))
             place = tasks.index(run.task), models.index(run.model), run.seed, run.learning_rate
-            if path != run.record_path(folder) or "unit" not in record:
+            if path != run.record_path(folder):
                 raise ValueError("the record of another run")
             found[place] = run, record
         except Exception:  # a foreign or damaged file can be anything
@@ -3158,8 +3171,11 @@ def make_folder(folder, tasks, config):
     configuration.
     """
     try:
-        for name in ("runs/tuning", "models", "predictions"):
+        for name in ("", "runs", "runs/tuning", "models", "predictions"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+            for left in (folder / name).glob(".*.tmp"):  # by a writer that was killed
+                if time.time() - left.stat().st_mtime > 60:
+                    left.unlink(missing_ok=True)
             tempfile.TemporaryFile(dir=folder / name).close()
     except OSError as error:
         raise OSError(
@@ -3683,10 +3699,12 @@ def answer(task, scores, runs, comparisons, file):
         best = runs[runs["model"].isin(alike)].groupby("model")["seconds"].mean().idxmin()
         said = f"{', '.join(alike)} do not differ clearly, and the {shown[best]} takes least time"
     names = summary["name"].tolist()
-    if (best, baseline) in clear and names.index(best) < names.index(baseline):
-        said += f"; it is better than {shown[baseline]}"
-    else:
-        said += f"; it is no better than {shown[baseline]}: use the latter, or more data"
+    relation = "not clearly better"
+    if (best, baseline) in clear:
+        relation = "better" if names.index(best) < names.index(baseline) else "worse"
+    said += f"; it is {relation} than {shown[baseline]}"
+    if relation != "better":
+        said += ": use the latter, or more data"
     return f"On {file}, by {metric.label}: {said}."
 
 
@@ -3809,6 +3827,7 @@ STYLE = {
     "lines.markersize": 5,
     "figure.dpi": 120,
     "legend.frameon": False,
+    "text.parse_math": False,  # names of labels and files may hold dollars
     "grid.color": "#E4E4E4",
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -4505,7 +4524,9 @@ def print_notes(notes):
 def read_source(source):
     """The input of --predict: standard input for "-", a file's text, or the words themselves."""
     if source == "-":
-        return sys.stdin.buffer.read().decode(errors="replace")
+        if sys.stdin is None:
+            raise InputError("standard input is closed")
+        return sys.stdin.buffer.read(MOST_BYTES).decode(errors="replace")
     is_file = os.path.exists(source)  # noqa: PTH110 (Path's raises if a text is too long)
     if is_file or re.search(r"(?i)\.(txt|[ct]sv|gz)$", source):  # else a typo would be words
         text, notes = read_text(source)

@@ -182,6 +182,60 @@ def test_a_smooth_series_has_no_season_of_two_steps():
     assert list(baselines) == ["persistence", "linear autoregression", "nearest neighbours"]
 
 
+# --- the answer first -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "clear", "said"),
+    [
+        (
+            {"RNN": 0.6, "GRU": 0.8, "words": 0.7},
+            {("RNN", "GRU"), ("GRU", "words")},
+            "the GRU (80.0 % ± 1.4) is best; it is better than words (70.0 % ± 1.4).",
+        ),
+        (
+            {"RNN": 0.79, "GRU": 0.8, "words": 0.7},
+            {("GRU", "words"), ("RNN", "words")},
+            "GRU, RNN do not differ clearly, and the RNN (79.0 % ± 1.4) takes least time; it is "
+            "better than words (70.0 % ± 1.4).",
+        ),
+        (
+            {"RNN": 0.6, "GRU": 0.8, "words": 0.9},
+            {("RNN", "GRU"), ("GRU", "words")},
+            "the GRU (80.0 % ± 1.4) is best; it is worse than words (90.0 % ± 1.4): use the "
+            "latter, or more data.",
+        ),
+        (
+            {"RNN": 0.6, "GRU": 0.71, "words": 0.7},
+            {("RNN", "GRU")},
+            "the GRU (71.0 % ± 1.4) is best; it is not clearly better than words (70.0 % ± 1.4): use the "
+            "latter, or more data.",
+        ),
+    ],
+)
+def test_the_answer_names_the_best_model_and_whether_it_is_worth_it(accuracies, clear, said):
+    rows = [
+        ("classifier", name, "baseline" if name == "words" else "model", seed, "accuracy", value)
+        for name, mean in accuracies.items()
+        for seed, value in enumerate((mean - 0.01, mean + 0.01))
+    ]
+    scores = pd.DataFrame(rows, columns=["task", "name", "kind", "seed", "metric", "value"])
+    runs = pd.DataFrame({"model": ["RNN", "GRU"] * 2, "seed": [0, 0, 1, 1], "seconds": [1, 2] * 2})
+    pairs = [("RNN", "GRU"), ("RNN", "words"), ("GRU", "words")]
+    comparisons = pd.DataFrame(pairs, columns=["a", "b"]).assign(metric="accuracy")
+    comparisons["is_clear"] = [pair in clear for pair in pairs]
+    found = rnn.answer(rnn.CLASSIFIER, scores, runs, comparisons, "my.csv")
+    assert found == f"On my.csv, by accuracy: {said}"
+    one_seed = rnn.answer(rnn.CLASSIFIER, scores, runs.query("seed == 0"), comparisons, "my.csv")
+    assert "one seed supports no ranking" in one_seed
+
+
+def test_summary_and_terminal_begin_with_the_answer(run_on):
+    (printed, _), out = run_on("series", monthly_csv())
+    for text in (printed, (out / "pytorch_rnn_summary.md").read_text(encoding="utf-8")):
+        assert text.startswith("# RNN, LSTM and GRU: results\n\nOn my.csv, by MSE")
+
+
 # --- labels ---------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ def made_up_fit(monkeypatch, losses, other=rnn.Diverged):
         best = losses[name][learning_rate][seed - 1]
         history = []
         for epoch, loss in enumerate((9, best, 8), start=1):
-            metrics = {"loss": float(loss), "mse": float(loss), "mae": 1.0}
+            metrics = {"loss": float(loss), "mse": float(loss), "mae": 1.0, "accuracy": 0.5}
             row = {
                 "epoch": epoch,
                 "learning_rate": learning_rate,
@@ -190,6 +190,35 @@ def test_where_all_rates_diverge_the_model_fails_and_the_others_go_on(
     assert quick(tmp_path, *TINY) == 1
     assert "learning rate of forecaster RNN: none" in capsys.readouterr().err
     assert set(table(tmp_path, "runs")["model"]) == {"GRU"}
+
+
+@pytest.mark.parametrize(
+    ("options", "tuned_tasks"),
+    [
+        ([], {"forecaster"}),
+        (["--no-tune"], set()),
+        (["--learning-rate", "0.01"], set()),
+        (["--tune"], {"forecaster", "predictor"}),
+    ],
+)
+def test_rates_are_chosen_for_a_users_own_data_unless_told_otherwise(
+    options, tuned_tasks, tmp_path, monkeypatch, capsys, no_figures
+):
+    monkeypatch.setattr(rnn, "DEFAULT", rnn.QUICK)
+    made_up_fit(monkeypatch, dict.fromkeys(["GRU", "GRUPredictor"], LOSSES["GRU"]))
+    (tmp_path / "my.csv").write_text("\n".join(str(i * i % 17) for i in range(500)))
+    arguments = ["--tasks", "predictor", "forecaster", "--series", str(tmp_path / "my.csv")]
+    arguments += ["--models", "GRU", "--seeds", "1", "2", "--workers", "1", *options]
+    assert rnn.main([*arguments, "--output-dir", str(tmp_path / "out")]) == 0
+    said = "learning rates are chosen first, by about"
+    assert capsys.readouterr().err.count(said) == bool(tuned_tasks)
+    path = tmp_path / "out" / "pytorch_rnn_tuning.csv"
+    assert path.exists() == bool(tuned_tasks)
+    if tuned_tasks:
+        assert set(table(tmp_path / "out", "tuning")["task"]) == tuned_tasks
+    rates = table(tmp_path / "out", "runs").groupby("task")["learning_rate"].first()
+    expected = {task: 0.01 for task in tuned_tasks} or {"forecaster": 0.01}
+    assert {task: rates[task] for task in expected} == expected
 
 
 @pytest.mark.parametrize(
