@@ -3072,14 +3072,18 @@ def run_table(records, scores, config):
     """A row per trained model: its record, and what is counted from it.
 
     Losses are those that training minimised: of scaled values in the forecaster. `capped`: training
-    was ended by the cap on epochs.
+    was ended by the cap on epochs. `near_best`: epochs to within 1 % of the lowest validation loss.
     """
     tested = scores.pivot_table("value", ["task", "name", "seed"], "metric")
+    tested = tested.reindex(columns=CSV_METRICS).add_prefix("test_")
     rows = []
     for record in records:
         of_task = config[record["task"]]
         title = TASKS[record["task"]].title
+        history = DataFrame(record["history"])
         best = best_of(record["history"])
+        is_near = history["validation"].str["loss"] <= 1.01 * best["val_loss"]
+        near_best = is_near.argmax() + 1
         rows.append(
             {
                 **record,
@@ -3089,12 +3093,14 @@ def run_table(records, scores, config):
                 "parameters": sum(record["parts"].values()),
                 "recurrent_parameters": record["parts"]["recurrent"],
                 "clip_norm": of_task["clip_norm"],
-                "clipped": np.mean([epoch["clipped"] for epoch in record["history"]]),
+                "clipped": history["clipped"].mean(),
                 "capped": best["epochs"] - best["best_epoch"] < of_task["patience"],
-                "seconds": round(sum(epoch["seconds"] for epoch in record["history"]), 1),
+                "seconds": round(history["seconds"].sum(), 1),
+                "near_best": near_best,
+                "seconds_to_near_best": history["seconds"][:near_best].sum(),
+                "activation_mib": record["cost"]["activation_bytes"] / 2**20,
             }
         )
-    tested = tested.reindex(columns=CSV_METRICS).add_prefix("test_")
     return DataFrame(rows).join(tested, ["task", "model", "seed"])
 
 
@@ -3163,10 +3169,10 @@ def student_angles(degrees):
     return angles, np.append(0, mass / mass[-1])
 
 
-def student_t(degrees, level=0.95):
-    """The two-sided critical value of Student's t."""
+def student_t(degrees):
+    """The two-sided critical value of Student's t, at a level of 95 %."""
     angles, shares = student_angles(degrees)
-    return math.sqrt(degrees) * math.tan(np.interp(level, shares, angles))
+    return math.sqrt(degrees) * math.tan(np.interp(0.95, shares, angles))
 
 
 def student_p(t, degrees):
@@ -3185,13 +3191,13 @@ def paired_difference(a, b):
     """
     by_seed = (a - b).dropna().groupby("seed")
     means = by_seed.mean()
+    mean = means.mean()
     n = len(means)
     if n < 2:
-        return means.mean(), math.nan, math.nan, math.nan
+        return mean, math.nan, math.nan, math.nan
     of_examples = math.sqrt((by_seed.var() / by_seed.size()).sum()) / n
     error = max(means.std() / math.sqrt(n), of_examples, 1e-12)
     half = student_t(n - 1) * error
-    mean = means.mean()
     return mean, mean - half, mean + half, student_p(mean / error, n - 1)
 
 
@@ -3238,26 +3244,25 @@ def compare(examples):
     the models are judged, `p` is adjusted by Holm's method over all these differences.
     """
     rows = []
-    for task in TASKS.values():
-        of_task = examples[examples["task"] == task.name]
-        names = of_task.groupby("kind", sort=False)["name"].unique()
-        models = names.get("model", ())
-        for metric in task.metrics:
+    for name, of_task in examples.groupby("task", sort=False):
+        models = of_task.query("kind == 'model'")["name"].unique()
+        baselines = of_task.query("kind == 'baseline'")["name"].unique()
+        metrics = TASKS[name].metrics
+        for metric in metrics:
             if metric.transform is not float:
                 continue
             values = of_task.assign(value=in_units(of_task, metric))
             values = values.pivot(index=["seed", "example"], columns="name", values="value")
-            means = values[names.get("baseline", [])].groupby("seed").mean().mean()
+            means = values[baselines].groupby("seed").mean().mean()
             ranked = means.sort_values(ascending=not metric.higher_is_better, kind="stable")
             for a, b in [*combinations(models, 2), *product(models, ranked.index[:1])]:
-                if (values[a] - values[b]).notna().any():
-                    found = paired_difference(values[a], values[b])
-                    is_primary = metric is task.metrics[0]
-                    rows.append((task.name, metric.name, a, b, *found, is_primary))
+                found = paired_difference(values[a], values[b])
+                rows.append((name, metric.name, a, b, *found, metric is metrics[0]))
     columns = ["task", "metric", "a", "b", "difference", "low", "high", "p", "is_primary"]
     table = DataFrame(rows, columns=columns)
+    table = table.dropna(subset="difference")  # of those that have no seed in common
     adjusted = holm(table["p"].where(table["is_primary"]))
-    table["p"] = adjusted.where(table["is_primary"], table["p"])
+    table["p"] = adjusted.fillna(table["p"])
     table["verdict"] = [verdict(row) for row in table.itertuples()]
     return table.drop(columns=["p", "is_primary"])
 
@@ -3322,24 +3327,20 @@ def by_distance(task, examples, value, column):
 def distance_text(task, examples):
     """Tables by distance: score, effect of a change, and the latter by who speaks or what comes."""
     metric = task.metrics[0]
-
-    def table_text(title, examples, value, column, is_share):
-        table = by_distance(task, examples, value, column).T
-        table = table.map(lambda mean: show(mean, is_share=is_share) if mean == mean else "")
-        return f"{title}:\n\n{markdown(table.rename(columns=str).reset_index())}"
-
+    examples = examples.assign(shown=in_units(examples, metric))
     parts = []
-    known = examples.assign(shown=in_units(examples, metric)).dropna(subset="distance")
-    if len(known):
-        title = f"By {task.distance}, {metric.label}"
-        parts.append(table_text(title, known, "shown", "distance", metric.is_share))
-    changed = examples.dropna(subset="effect")
-    if len(changed):
-        title = f"By {task.change_place}, {' '.join(task.effect_label.split())}"
-        parts.append(table_text(title, changed, "effect", task.effect_by, False))
-        for role, of_role in changed.groupby("role"):
-            title = f"The same, {role}"
-            parts.append(table_text(title, of_role, "effect", task.effect_by, False))
+
+    def add(title, examples, value, column, is_share=False):
+        table = by_distance(task, examples, value, column).T
+        if len(table):  # else it is not known
+            cells = table.map(show, na_action="ignore", is_share=is_share).fillna("")
+            parts.append(f"{title}:\n\n{markdown(cells.rename(columns=str).reset_index())}")
+
+    add(f"By {task.distance}, {metric.label}", examples, "shown", "distance", metric.is_share)
+    change = f"{task.change_place}, {' '.join(task.effect_label.split())}"
+    add(f"By {change}", examples, "effect", task.effect_by)
+    for role, of_role in examples.groupby("role"):
+        add(f"The same, {role}", of_role, "effect", task.effect_by)
     return "\n\n".join(parts)
 
 
@@ -3348,7 +3349,7 @@ def markdown(table):
     columns = []
     for name, cells in table.astype(str).items():
         cells = [name, "", *cells.str.replace("|", "\\|")]
-        width = max(3, *map(len, cells))
+        width = max(map(len, cells))
         cells[1] = "-" * width
         columns.append([cell.ljust(width) for cell in cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns))
@@ -3443,13 +3444,8 @@ def mean_curves(runs, name):
     """
     curves = {}
     for model, evidence in runs.groupby("model", sort=False)["evidence"]:
-        curves[model] = DataFrame(zip(*(each[name] for each in evidence))).mean(axis=1)
+        curves[model] = DataFrame(zip(*evidence.str[name])).mean(axis=1)
     return DataFrame(curves).rename(lambda i: i + 1)
-
-
-def ranked(values):
-    """'RNN 1.2, GRU 3.4': numbers by model, from the least."""
-    return ", ".join(f"{name} {value:.3g}" for name, value in values.sort_values().items())
 
 
 def common_claims(runs):
@@ -3459,8 +3455,8 @@ def common_claims(runs):
     """
     cells = list(DEFAULT_MODELS)
     runs = runs[runs["model"].isin(cells)]
-    seeds = runs.groupby(["task", "model"])["seed"].nunique()
-    if len(seeds) < len(TASKS) * len(cells) or seeds.min() < 2:
+    counts = runs.groupby(["task", "model"]).size()
+    if len(counts) < len(TASKS) * len(cells) or counts.min() < 2:
         return DataFrame()
     rows = []
 
@@ -3470,39 +3466,35 @@ def common_claims(runs):
     def add_order(said, column, *order):
         table = runs.pivot_table(column, "task", "model")
         holds = all((table[a] < table[b]).all() for a, b in pairwise(order))
-        measured = [f"{task} {ranked(values)}" for task, values in table.iterrows()]
+        measured = []
+        for task, values in table.iterrows():
+            ranked = [f"{name} {value:.3g}" for name, value in values.sort_values().items()]
+            measured.append(f"{task} {', '.join(ranked)}")
         add(said, "; ".join(measured), holds)
 
-    sizes = runs.query("task == @CLASSIFIER.name").groupby("model")["recurrent_parameters"].first()
-    near = (sizes / Series({"RNN": 15_000, "GRU": 45_000, "LSTM": 60_000}) - 1).abs() < 0.03
+    classifiers = runs.query("task == 'classifier'")
+    sizes = classifiers.groupby("model")["recurrent_parameters"].first()[cells]
     add(
         "recurrent parameters: about 15K (RNN), 45K (GRU), 60K (LSTM)",
-        ", ".join(f"{name} {size:,}" for name, size in sizes[cells].items()),
-        near.all(),
+        ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+        np.allclose(sizes, [15_000, 60_000, 45_000], rtol=0.03),
     )
-    runs = runs.assign(activation_mib=runs["activation_bytes"] / 2**20)
     add_order("memory: RNN < GRU < LSTM (MiB a batch)", "activation_mib", "RNN", "GRU", "LSTM")
     add_order("time a step: RNN < GRU < LSTM (ms)", "ms_per_step", "RNN", "GRU", "LSTM")
-    histories = runs["history"].map(DataFrame)
-    losses = histories.map(lambda history: history["validation"].str["loss"].to_numpy())
-    near_best = losses.map(lambda loss: np.argmax(loss <= 1.01 * loss.min()) + 1)
-    seconds = [history["seconds"][:n].sum() for history, n in zip(histories, near_best)]
-    runs = runs.assign(near_best=near_best, near_best_seconds=seconds)
     said = "convergence: LSTM before GRU before RNN"
     order = ("LSTM", "GRU", "RNN")
     add_order(f"{said} (epochs to within 1 % of the lowest loss)", "near_best", *order)
-    add_order(f"{said} (seconds to the same)", "near_best_seconds", *order)
+    add_order(f"{said} (seconds to the same)", "seconds_to_near_best", *order)
     accuracy = 100 * runs.pivot_table("test_accuracy", "task", "model")
     for task, cell, low, high in (
-        (CLASSIFIER.name, "LSTM", 75, 85),
-        (CLASSIFIER.name, "GRU", 70, 80),
-        (CLASSIFIER.name, "RNN", 60, 70),
-        (PREDICTOR.name, "LSTM", 40, 60),
+        ("classifier", "LSTM", 75, 85),
+        ("classifier", "GRU", 70, 80),
+        ("classifier", "RNN", 60, 70),
+        ("predictor", "LSTM", 40, 60),
     ):
         value = accuracy.loc[task, cell]
         said = f"{task}: {cell} {low} to {high} % right"
         add(said, f"{value:.1f} %", low <= value <= high)
-    classifiers = runs.query("task == @CLASSIFIER.name")
     shares = []
     for name in ("initial_gradient", "gradient"):
         curve = mean_curves(classifiers, name)["RNN"]
