@@ -3033,7 +3033,15 @@ RUN_COLUMNS = [
     "test_mse",
     "test_mae",
 ]
-COST_COLUMNS = ["ms_per_step", "samples_per_second", "activation_bytes", "kernel"]
+COST_COLUMNS = [
+    "task",
+    "model",
+    *SIZES,
+    "ms_per_step",
+    "samples_per_second",
+    "activation_bytes",
+    "kernel",
+]
 EXAMPLE_COLUMNS = ["truth", "text", "step", "role", "distance", "lag"]
 
 
@@ -3062,8 +3070,9 @@ def score_table(examples):
     rows = []
     for (*group, unit), answers in examples.groupby([*key, "unit"], sort=False):
         # contiguous, for a mean of float32 depends on the order in which NumPy adds
-        columns = answers[["loss", "score"]].to_numpy().T.copy()
-        for metric, value in TASKS[group[0]].measure(*columns, unit).items():
+        loss = np.array(answers["loss"])
+        score = np.array(answers["score"])
+        for metric, value in TASKS[group[0]].measure(loss, score, unit).items():
             rows.append((*group, metric, value))
     return DataFrame(rows, columns=[*key, "metric", "value"])
 
@@ -3088,6 +3097,7 @@ def run_table(records, scores, config):
             {
                 **record,
                 **record["cost"],
+                **record["evidence"],
                 **best,
                 "title": f"{title}: {of_task['file']}" if of_task["file"] else title,
                 "parameters": sum(record["parts"].values()),
@@ -3128,11 +3138,10 @@ def predictions_table(examples):
     return known.join(wide).dropna(axis="columns", how="all")
 
 
-def confusion(answers, labels):
-    """How often each label (K rows) was taken for each (K columns)."""
-    return pd.crosstab(answers["truth"], answers["answer"]).reindex(
-        index=labels, columns=labels, fill_value=0
-    )
+def confusion(answers, labels, normalize=False):
+    """How often each label (K rows) was taken for each (K columns); or as `pd.crosstab` says."""
+    counts = pd.crosstab(answers["truth"], answers["answer"], normalize=normalize)
+    return counts.reindex(index=labels, columns=labels, fill_value=0)
 
 
 def label_scores(examples, labels):
@@ -3233,8 +3242,9 @@ def verdict(row):
 
 
 def in_units(examples, metric):
-    """What a metric is the mean of, for each test example, in the user's units."""
-    return examples[metric.source] * examples["unit"] ** metric.unit_power
+    """The test examples with `value`: what a metric is the mean of, in the user's units."""
+    value = examples[metric.source] * examples["unit"] ** metric.unit_power
+    return examples.assign(value=value)
 
 
 def compare(examples):
@@ -3251,7 +3261,7 @@ def compare(examples):
         for metric in metrics:
             if metric.transform is not float:
                 continue
-            values = of_task.assign(value=in_units(of_task, metric))
+            values = in_units(of_task, metric)
             values = values.pivot(index=["seed", "example"], columns="name", values="value")
             means = values[baselines].groupby("seed").mean().mean()
             ranked = means.sort_values(ascending=not metric.higher_is_better, kind="stable")
@@ -3327,7 +3337,7 @@ def by_distance(task, examples, value, column):
 def distance_text(task, examples):
     """Tables by distance: score, effect of a change, and the latter by who speaks or what comes."""
     metric = task.metrics[0]
-    examples = examples.assign(shown=in_units(examples, metric))
+    examples = in_units(examples, metric)
     parts = []
 
     def add(title, examples, value, column, is_share=False):
@@ -3336,7 +3346,7 @@ def distance_text(task, examples):
             cells = table.map(show, na_action="ignore", is_share=is_share).fillna("")
             parts.append(f"{title}:\n\n{markdown(cells.rename(columns=str).reset_index())}")
 
-    add(f"By {task.distance}, {metric.label}", examples, "shown", "distance", metric.is_share)
+    add(f"By {task.distance}, {metric.label}", examples, "value", "distance", metric.is_share)
     change = f"{task.change_place}, {' '.join(task.effect_label.split())}"
     add(f"By {change}", examples, "effect", task.effect_by)
     for role, of_role in examples.groupby("role"):
@@ -3360,10 +3370,8 @@ def score_cells(scores, task):
     summary = summarise(scores)
     cells = summary.drop_duplicates("name")[["name", "kind"]]
     for metric in task.metrics:
-        rows = summary.query(f"metric == '{metric.name}'")
-        cells[metric.name] = [
-            show(*each, metric.is_share) for each in zip(rows["mean"], rows["std"])
-        ]
+        rows = summary.query("metric == @metric.name")[["mean", "std"]]
+        cells[metric.name] = [show(*row, metric.is_share) for row in rows.to_numpy()]
     return cells
 
 
@@ -3409,23 +3417,24 @@ def findings(task, examples, runs, comparisons):
     return sentences
 
 
-def task_text(task, records, examples, scores, runs, comparisons, config):
-    """One task's results in Markdown: data, tables, findings; all arguments are of this task."""
+def task_text(task, baselines, examples, runs, scores, comparisons, config):
+    """One task's results in Markdown: data, tables, findings; all arguments are of this task.
+
+    `baselines`: their records, which also say what is known of the data.
+    """
     sentences = findings(task, examples, runs, comparisons)
-    of_data = [record for record in records if "facts" in record]
-    sentences.extend(
-        dict.fromkeys(f"Note: {doubt}" for record in of_data for doubt in record["doubts"])
-    )
+    for record in baselines:
+        sentences.extend(f"Note: {doubt}" for doubt in record["doubts"])
     parts = [
         f"## {runs['title'].iloc[0]}",
         "" if config["file"] else task.question,
         markdown(score_cells(scores, task)),
         markdown(training_cells(runs)),
-        "\n".join(f"- {sentence}." for sentence in sentences),
+        "\n".join(f"- {sentence}." for sentence in dict.fromkeys(sentences)),
         distance_text(task, examples),
     ]
-    if of_data:
-        first = of_data[0]
+    if baselines:
+        first = baselines[0]
         if first["labels"]:
             table = label_scores(examples.query("kind == 'model'"), first["labels"])
             parts.append(f"{markdown(table)}\n\nThe mean recall is the balanced accuracy.")
@@ -3443,8 +3452,8 @@ def mean_curves(runs, name):
     A column per model, a row per element, counted from 1.
     """
     curves = {}
-    for model, evidence in runs.groupby("model", sort=False)["evidence"]:
-        curves[model] = DataFrame(zip(*evidence.str[name])).mean(axis=1)
+    for model, lists in runs.groupby("model", sort=False)[name]:
+        curves[model] = DataFrame(zip(*lists)).mean(axis=1)
     return DataFrame(curves).rename(lambda i: i + 1)
 
 
@@ -3555,14 +3564,14 @@ def finish(figure, title, handles=()):
     return figure
 
 
-def plain_ticks(axes, axis):
+def plain_ticks(axis):
     """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
+    axis.axes.minorticks_off()
 
 
-def draw_lines(axes, table, style, **look):
+def draw_lines(axes, table, style="-", **look):
     """A line per column of a table, in the colour of the model of that name."""
     for name, values in table.items():
         axes.plot(values, style, color=colour(name), label=name, **look)
@@ -3594,22 +3603,23 @@ def training_history_figure(runs, history, task):
     width = 3.2 * len(models) + 0.8
     figure, grid = new_figure(width, 5.8, 2, len(models), sharex=True, sharey="row")
     history = history.merge(runs)  # by task, model and seed
-    # the grid ends after the first two metrics
-    for axes, (metric, model) in zip(grid.flat, product(task.metrics, models)):
-        curves = history.query("model == @model and metric == @metric.name")
-        for (split, _), curve in curves.groupby(["split", "seed"]):
-            style = ".:" if split == "train" else ".-"
-            axes.plot(curve["epoch"], curve["value"], style, color=colour(model), markersize=2)
-        values = history.query("metric == @metric.name")["value"]
-        usual = values.quantile(0.98)
-        if values.max() > 5 * usual:  # a cell that explodes at first would flatten all others
-            axes.set_ylim(0.9 * values.min(), 1.1 * usual)
-        kept = curves.query("split == 'validation' and epoch == best_epoch")
-        axes.plot(kept["epoch"], kept["value"], "o", color=colour(model))
-        axes.set_title(model, color=colour(model))
-        axes.set(xlabel="epoch", ylabel=metric.label)
-        axes.label_outer()
-        axes.locator_params("x", integer=True, min_n_ticks=1)
+    for row, metric in zip(grid, task.metrics):  # the first two
+        curves = history.query("metric == @metric.name")
+        usual = curves["value"].quantile(0.98)
+        if curves["value"].max() > 5 * usual:  # a cell that explodes would flatten all others
+            row[0].set_ylim(0.9 * curves["value"].min(), 1.1 * usual)
+        for axes, model in zip(row, models):
+            shade = colour(model)
+            own = curves.query("model == @model")
+            for (split, _), curve in own.groupby(["split", "seed"]):
+                style = ".:" if split == "train" else ".-"
+                axes.plot(curve["epoch"], curve["value"], style, color=shade, markersize=2)
+            kept = own.query("split == 'validation' and epoch == best_epoch")
+            axes.plot(kept["epoch"], kept["value"], "o", color=shade)
+            axes.set_title(model, color=shade)
+            axes.set(xlabel="epoch", ylabel=metric.label)
+            axes.label_outer()
+            axes.locator_params("x", integer=True, min_n_ticks=1)
     handles = [
         line("training (running mean over the epoch)", linestyle=":"),
         line("validation"),
@@ -3618,7 +3628,7 @@ def training_history_figure(runs, history, task):
     return finish(figure, f"{runs['title'].iloc[0]}: training, a line per seed", handles)
 
 
-def forecasts_figure(runs, scores):
+def forecasts_figure(runs, examples):
     """Forecasts and truth, one step ahead and free-running, and the latter's error by horizon."""
     models = runs.drop_duplicates("model")
     figure, grid = new_figure(11, 2.1 * len(models) + 3, len(models) + 1, 2)
@@ -3627,20 +3637,20 @@ def forecasts_figure(runs, scores):
         "free_": "steps after the last observed value (free-running: forecasts fed back)",
     }
     for axes, (run, kind) in zip(grid.flat, product(models.itertuples(), kinds)):
-        truth = run.evidence[f"{kind}truth"]
+        shade = colour(run.model)
+        truth = getattr(run, f"{kind}truth")
         steps = range(1, len(truth) + 1)
         axes.plot(steps, truth, ".", color=GREY)
-        axes.plot(steps, run.evidence[f"{kind}forecast"], color=colour(run.model))
-        axes.set_title(f"{run.model}, seed {run.seed}", color=colour(run.model))
+        axes.plot(steps, getattr(run, f"{kind}forecast"), color=shade)
+        axes.set_title(f"{run.model}, seed {run.seed}", color=shade)
         axes.set(xlabel=kinds[kind], ylabel="value (series units)")
 
     errors, place = grid[-1]
-    free = mean_curves(runs, "free_mse")
-    free["persistence"] = mean_curves(runs, "persistence_mse").mean(axis=1)
-    draw_lines(errors, free, "-")
-    variance = DataFrame(list(runs["evidence"]))["variance"].mean()
+    draw_lines(errors, mean_curves(runs, "free_mse"))
+    draw_lines(errors, mean_curves(runs.assign(model="persistence"), "persistence_mse"))
+    variance = runs["variance"].mean()
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
-    ceilings = scores.query("kind == 'ceiling' and metric == 'mse'").groupby("name")["value"]
+    ceilings = in_units(examples.query("kind == 'ceiling'"), MSE).groupby("name")["value"]
     for name, value in ceilings.mean().items():
         errors.axhline(value, color="black", linestyle=":", label=f"{name}, one step ahead")
     errors.set(
@@ -3659,13 +3669,11 @@ def parameters_figure(models):
     tasks = models.groupby(["title", "seed"], sort=False)  # vocabularies differ from seed to seed
     figure, grid = new_figure(9, 1.9 * len(tasks) + 0.8, len(tasks))
     for axes, ((title, seed), table) in zip(grid.flat, tasks):
+        sizes = zip(table["parameters"], table["recurrent_parameters"])
         bar_panel(
             axes,
             DataFrame(list(table["parts"]), table["model"]),
-            [
-                f"{r.parameters:,} (recurrent {r.recurrent_parameters:,})"
-                for r in table.itertuples()
-            ],
+            [f"{every:,} (recurrent {recurrent:,})" for every, recurrent in sizes],
             title=f"{title}, seed {seed}",
             xlabel="trainable parameters",
             xmargin=0.35,
@@ -3678,27 +3686,22 @@ def parameters_figure(models):
     return finish(figure, "Parameters by part of the model", handles)
 
 
-def layer_text(layer):
-    """What stands in the box of a layer: its kind and settings, output shape and weights."""
-    hidden = r", (batch_first|inplace|bias|padding_idx)=\w+|\w+_features="
-    settings = re.sub(hidden, "", layer["settings"])
-    call = f"{layer['kind']}({settings})".replace("Recurrent()", "last state")
-    shape = ", ".join(map(str, layer["shape"]))
-    return f"{call}\n→ (B, {shape})\n{layer['parameters']:,} weights"
-
-
 def architectures_figure(models):
-    """A strip of boxes per model, its layers in order, as `layer_text` says."""
+    """A strip of boxes per model: its layers in order, with settings, output shape and weights."""
     width = models["layers"].map(len).max()
     figure, grid = new_figure(1.75 * width, len(models) + 0.6, len(models))
+    left_out = r", (batch_first|inplace|bias|padding_idx)=\w+|\w+_features="
     for axes, run in zip(grid.flat, models.itertuples()):
         shade = colour(run.model)
         axes.set_title(f"{run.model} {run.task}, seed {run.seed}", color=shade)
         axes.set_xlim(-1, width - 0.5)
         axes.axis("off")
         for x, layer in enumerate(run.layers):
+            settings = re.sub(left_out, "", layer["settings"])
+            call = f"{layer['kind']}({settings})".replace("Recurrent()", "last state")
+            shape = ", ".join(map(str, layer["shape"]))
             axes.annotate(
-                layer_text(layer),
+                f"{call}\n→ (B, {shape})\n{layer['parameters']:,} weights",
                 xy=(x - 1, 0.5),  # the arrow begins behind the box before
                 xytext=(x, 0.5),
                 zorder=-x,
@@ -3714,22 +3717,18 @@ def architectures_figure(models):
 def performance_figure(scores, runs):
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
     tasks = runs.groupby("task", sort=False)
-    figure, grid = new_figure(
-        14, 2.5 * len(tasks) + 0.6, len(tasks), 4, width_ratios=[2.2, 1, 1, 1]
-    )
+    height = 2.5 * len(tasks) + 0.6
+    figure, grid = new_figure(14, height, len(tasks), 4, width_ratios=[2.2, 1, 1, 1])
     for row, (task, of_task) in zip(grid, tasks):
         score_panel(row[0], scores.query("task == @task"), TASKS[task].metrics[0])
         row[0].set_title(of_task["title"].iloc[0])
         costs = of_task.drop_duplicates("model").set_index("model")
-        seconds = of_task.groupby("model", sort=False)[["seconds"]].mean()
         steps = [f"{run.ms_per_step:.3g} {run.kernel}" for run in costs.itertuples()]
+        activations = "activations of the\nlongest batch (MiB)"
+        seconds = of_task.groupby("model", sort=False)[["seconds"]].mean()
         bar_panel(row[1], seconds, xlabel="training (s per run)")
         bar_panel(row[2], costs[["ms_per_step"]], steps, xlabel="step (ms), kernel")
-        bar_panel(
-            row[3],
-            costs[["activation_bytes"]] / 2**20,
-            xlabel="activations of the\nlongest batch (MiB)",
-        )
+        bar_panel(row[3], costs[["activation_mib"]], xlabel=activations)
     title = "Test: mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), costs"
     return finish(figure, title)
 
@@ -3750,7 +3749,7 @@ def score_panel(axes, scores, metric):
     axes.set_xlabel(f"test {metric.label}")
     if not metric.higher_is_better:  # errors differ by factors
         axes.set(xscale="log", xlabel=f"test {metric.label}, log scale")
-        plain_ticks(axes, axes.xaxis)
+        plain_ticks(axes.xaxis)
 
 
 def learning_rates_figure(table):
@@ -3784,12 +3783,10 @@ def errors_figure(runs, examples):
     labels = runs["labels"].iloc[0]
     n = len(labels)
     models = examples.query("kind == 'model'").groupby("name", sort=False)
-    figure, grid = new_figure(
-        (0.6 * n + 1.2) * len(models) + 1.6, 0.5 * n + 2.2, 1, len(models), sharey=True
-    )
+    width = (0.6 * n + 1.2) * len(models) + 1.6
+    figure, grid = new_figure(width, 0.5 * n + 2.2, 1, len(models), sharey=True)
     for axes, (name, answers) in zip(grid.flat, models):
-        counts = confusion(answers, labels)
-        shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+        shares = confusion(answers, labels, normalize="index")
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=2, aspect="auto")  # text stays readable
         for (truth, answer), share in np.ndenumerate(shares):
             axes.text(answer, truth, f"{share:.0%}", ha="center", va="center")
@@ -3805,10 +3802,9 @@ def errors_figure(runs, examples):
 
 def distance_panel(axes, task, examples, value, column):
     """The mean of a column by distance, a line per model, baseline and ceiling."""
-    kinds = examples.drop_duplicates("name").set_index("name")["kind"]
+    kinds = examples.groupby("name")["kind"].first()
     styles = cycle(["s:", "^:", "D:", "v:", "x:"])
-    table = by_distance(task, examples, value, column)
-    for name, values in table.items():
+    for name, values in by_distance(task, examples, value, column).items():
         if kinds[name] == "model":
             axes.plot(values, "o-", color=colour(name))
         elif kinds[name] == "baseline":
@@ -3822,14 +3818,14 @@ def distance_panel(axes, task, examples, value, column):
 def gradient_panel(axes, runs):
     """The norm of the gradient by epoch, before clipping: median of the seeds still training."""
     for model, histories in runs.groupby("model", sort=False)["history"]:
-        rows = [{row["epoch"]: row["gradient_norm"] for row in history} for history in histories]
-        axes.plot(DataFrame(rows).median().sort_index(), color=colour(model))
+        epochs = DataFrame(list(histories.explode())).groupby("epoch")
+        axes.plot(epochs["gradient_norm"].median(), color=colour(model))
     clip_norm = runs["clip_norm"].iloc[0]
     axes.axhline(clip_norm, color=GREY, linestyle=":", label="clipped above")
     axes.set(xlabel="epoch", ylabel="norm of the gradient (median)", yscale="log")
     # a cell that explodes in its first steps would flatten all others
     axes.set_ylim(top=min(axes.get_ylim()[1], 50 * clip_norm))
-    plain_ticks(axes, axes.yaxis)
+    plain_ticks(axes.yaxis)
     axes.locator_params("x", integer=True, min_n_ticks=1)
     axes.legend(fontsize=7)
 
@@ -3841,17 +3837,16 @@ def long_range_figure(runs, examples):
     for (name, of_task), (top, middle, bottom) in zip(tasks, grid.T):
         task = TASKS[name]
         metric = task.metrics[0]
-        own = examples[examples["task"] == name]
-        own = own.assign(shown=in_units(own, metric))
+        own = in_units(examples[examples["task"] == name], metric)
         top.set_title(of_task["title"].iloc[0])
         if own["distance"].notna().any():
-            distance_panel(top, task, own, "shown", "distance")
+            distance_panel(top, task, own, "value", "distance")
             top.set(xlabel=task.distance, ylabel=metric.label)
             if metric.is_share:
                 top.yaxis.set_major_formatter("{x:.0%}")
             else:
                 top.set_yscale("log")  # errors differ by factors
-                plain_ticks(top, top.yaxis)
+                plain_ticks(top.yaxis)
         if own["effect"].notna().any():
             distance_panel(middle, task, own, "effect", task.effect_by)
             middle.set(xlabel=task.change_place, ylabel=task.effect_label)
@@ -3860,12 +3855,10 @@ def long_range_figure(runs, examples):
     return finish(figure, "By distance: score, effect of a change; gradient in training", handles)
 
 
-TASK_FIGURES = {  # task: name of a figure: (runs, examples, scores of the task) -> the figure
-    CLASSIFIER.name: {"classifier_errors": lambda runs, examples, _: errors_figure(runs, examples)},
+TASK_FIGURES = {  # task: name of a figure: (runs, examples of the task) -> the figure
+    CLASSIFIER.name: {"classifier_errors": errors_figure},
     PREDICTOR.name: {},
-    FORECASTER.name: {
-        "time_series_predictions": lambda runs, _, scores: forecasts_figure(runs, scores)
-    },
+    FORECASTER.name: {"time_series_predictions": forecasts_figure},
 }
 
 # --- the report -----------------------------------------------------------------------
@@ -3890,8 +3883,6 @@ def draw_figures(folder, figures):
         try:
             with rc_context(STYLE):
                 figure = draw()
-                if figure is None:
-                    continue
                 figure.savefig(content, format="png")
         except Exception as error:
             failed += 1
@@ -3930,7 +3921,7 @@ def make_report(folder, failed=0):
     scores = scores.merge(DataFrame(reported, columns=["task", "metric"]))
     comparisons = compare(examples)
     models = runs.drop_duplicates(["task", "model"])
-    costs = models[["task", "model", *SIZES, *COST_COLUMNS]]
+    costs = models[COST_COLUMNS]
     write_table(folder, "runs", runs[RUN_COLUMNS])
     write_table(folder, "history", history)
     write_table(folder, "summary", summarise(scores[scores["metric"].isin(CSV_METRICS)]))
@@ -3952,14 +3943,14 @@ def make_report(folder, failed=0):
     }
     for name in models["task"].unique():
         task = TASKS[name]
-        own_records = [record for record in records if record["task"] == name]
-        tables = [table[table["task"] == name] for table in (examples, scores, runs, comparisons)]
-        texts.append(task_text(task, own_records, *tables, config[name]))
-        own_examples, own_scores, own_runs, _ = tables
+        baselines = [each for each in records if each["task"] == name and "facts" in each]
+        tables = [table[table["task"] == name] for table in (examples, runs, scores, comparisons)]
+        own_examples, own_runs, *_ = tables
+        texts.append(task_text(task, baselines, *tables, config[name]))
         draw = partial(training_history_figure, own_runs, history, task)
         figures[f"{name}_training_history"] = draw
         for figure, make in TASK_FIGURES[name].items():
-            figures[figure] = partial(make, own_runs, own_examples, own_scores)
+            figures[figure] = partial(make, own_runs, own_examples)
     parts = models["parts"].apply(Series).fillna(0).astype(int)
     sizes = models[["task", "model"]].join(parts).join(models["parameters"])
     environments = DataFrame(record["environment"] for record in records).map(str)
