@@ -3070,15 +3070,14 @@ def score_table(examples):
     rows = []
     for (*group, unit), answers in examples.groupby([*key, "unit"], sort=False):
         # contiguous, for a mean of float32 depends on the order in which NumPy adds
-        loss = np.array(answers["loss"])
-        score = np.array(answers["score"])
-        for metric, value in TASKS[group[0]].measure(loss, score, unit).items():
+        measured = np.array([answers["loss"], answers["score"]])
+        for metric, value in TASKS[group[0]].measure(*measured, unit).items():
             rows.append((*group, metric, value))
     return DataFrame(rows, columns=[*key, "metric", "value"])
 
 
 def run_table(records, scores, config):
-    """A row per trained model: its record, and what is counted from it.
+    """A row per trained model: its task's settings, its record, and what is counted from both.
 
     Losses are those that training minimised: of scaled values in the forecaster. `capped`: training
     was ended by the cap on epochs. `near_best`: epochs to within 1 % of the lowest validation loss.
@@ -3095,6 +3094,7 @@ def run_table(records, scores, config):
         near_best = is_near.argmax() + 1
         rows.append(
             {
+                **of_task,
                 **record,
                 **record["cost"],
                 **record["evidence"],
@@ -3102,7 +3102,6 @@ def run_table(records, scores, config):
                 "title": f"{title}: {of_task['file']}" if of_task["file"] else title,
                 "parameters": sum(record["parts"].values()),
                 "recurrent_parameters": record["parts"]["recurrent"],
-                "clip_norm": of_task["clip_norm"],
                 "clipped": history["clipped"].mean(),
                 "capped": best["epochs"] - best["best_epoch"] < of_task["patience"],
                 "seconds": round(history["seconds"].sum(), 1),
@@ -3205,7 +3204,7 @@ def paired_difference(a, b):
     if n < 2:
         return mean, math.nan, math.nan, math.nan
     of_examples = math.sqrt((by_seed.var() / by_seed.size()).sum()) / n
-    error = max(means.std() / math.sqrt(n), of_examples, 1e-12)
+    error = max(means.sem(), of_examples, 1e-12)
     half = student_t(n - 1) * error
     return mean, mean - half, mean + half, student_p(mean / error, n - 1)
 
@@ -3231,7 +3230,7 @@ def verdict(row):
     if mean == 0 or row.p >= 0.05:
         words = f"{row.a} and {row.b}: no clear difference, {scale * mean:z.{places}f}{unit}"
     else:
-        better, worse = (row.a, row.b)
+        better, worse = row.a, row.b
         if (mean > 0) != metric.higher_is_better:
             better, worse = worse, better
         words = f"{better} better than {worse} by {scale * abs(mean):.{places}f}{unit}"
@@ -3269,10 +3268,8 @@ def compare(examples):
                 found = paired_difference(values[a], values[b])
                 rows.append((name, metric.name, a, b, *found, metric is metrics[0]))
     columns = ["task", "metric", "a", "b", "difference", "low", "high", "p", "is_primary"]
-    table = DataFrame(rows, columns=columns)
-    table = table.dropna(subset="difference")  # of those that have no seed in common
-    adjusted = holm(table["p"].where(table["is_primary"]))
-    table["p"] = adjusted.fillna(table["p"])
+    table = DataFrame(rows, columns=columns).dropna(subset="difference")  # no seed in common
+    table["p"] = holm(table["p"].where(table["is_primary"])).fillna(table["p"])
     table["verdict"] = [verdict(row) for row in table.itertuples()]
     return table.drop(columns=["p", "is_primary"])
 
@@ -3395,9 +3392,8 @@ def facts_text(facts):
 
 def findings(task, examples, runs, comparisons):
     """What the results of one task say, in sentences: verdicts, and what may mislead."""
-    shown = comparisons[
-        (comparisons["metric"] == task.metrics[0].name) | comparisons["b"].isin(runs["model"])
-    ]
+    of_first_metric = comparisons["metric"] == task.metrics[0].name
+    shown = comparisons[of_first_metric | comparisons["b"].isin(runs["model"])]
     sentences = list(shown["verdict"])
     if shown["low"].isna().any():
         sentences.append("One seed supports no ranking")
@@ -3460,12 +3456,13 @@ def mean_curves(runs, name):
 def common_claims(runs):
     """What textbooks say of the three cells, and what was measured on generated data.
 
-    A row per claim; none unless all three cells did all three tasks on two seeds or more.
+    A row per claim; none of a user's data, nor unless all three cells did all three tasks on two
+    seeds or more.
     """
     cells = list(DEFAULT_MODELS)
     runs = runs[runs["model"].isin(cells)]
     counts = runs.groupby(["task", "model"]).size()
-    if len(counts) < len(TASKS) * len(cells) or counts.min() < 2:
+    if len(counts) < len(TASKS) * len(cells) or counts.min() < 2 or runs["file"].notna().any():
         return DataFrame()
     rows = []
 
@@ -3605,15 +3602,17 @@ def training_history_figure(runs, history, task):
     history = history.merge(runs)  # by task, model and seed
     for row, metric in zip(grid, task.metrics):  # the first two
         curves = history.query("metric == @metric.name")
-        usual = curves["value"].quantile(0.98)
-        if curves["value"].max() > 5 * usual:  # a cell that explodes would flatten all others
-            row[0].set_ylim(0.9 * curves["value"].min(), 1.1 * usual)
+        values = curves["value"]
+        usual = values.quantile(0.98)
+        if values.max() > 5 * usual:  # a cell that explodes at first would flatten all others
+            row[0].set_ylim(0.9 * values.min(), 1.1 * usual)
         for axes, model in zip(row, models):
             shade = colour(model)
             own = curves.query("model == @model")
-            for (split, _), curve in own.groupby(["split", "seed"]):
+            for split, of_split in own.groupby("split"):
+                by_seed = of_split.pivot_table("value", "epoch", "seed")
                 style = ".:" if split == "train" else ".-"
-                axes.plot(curve["epoch"], curve["value"], style, color=shade, markersize=2)
+                axes.plot(by_seed, style, color=shade, markersize=2)
             kept = own.query("split == 'validation' and epoch == best_epoch")
             axes.plot(kept["epoch"], kept["value"], "o", color=shade)
             axes.set_title(model, color=shade)
@@ -3669,11 +3668,13 @@ def parameters_figure(models):
     tasks = models.groupby(["title", "seed"], sort=False)  # vocabularies differ from seed to seed
     figure, grid = new_figure(9, 1.9 * len(tasks) + 0.8, len(tasks))
     for axes, ((title, seed), table) in zip(grid.flat, tasks):
-        sizes = zip(table["parameters"], table["recurrent_parameters"])
         bar_panel(
             axes,
             DataFrame(list(table["parts"]), table["model"]),
-            [f"{every:,} (recurrent {recurrent:,})" for every, recurrent in sizes],
+            [
+                f"{r.parameters:,} (recurrent {r.recurrent_parameters:,})"
+                for r in table.itertuples()
+            ],
             title=f"{title}, seed {seed}",
             xlabel="trainable parameters",
             xmargin=0.35,
@@ -3837,7 +3838,7 @@ def long_range_figure(runs, examples):
     for (name, of_task), (top, middle, bottom) in zip(tasks, grid.T):
         task = TASKS[name]
         metric = task.metrics[0]
-        own = in_units(examples[examples["task"] == name], metric)
+        own = in_units(examples.query("task == @name"), metric)
         top.set_title(of_task["title"].iloc[0])
         if own["distance"].notna().any():
             distance_panel(top, task, own, "value", "distance")
@@ -3924,7 +3925,7 @@ def make_report(folder, failed=0):
     costs = models[COST_COLUMNS]
     write_table(folder, "runs", runs[RUN_COLUMNS])
     write_table(folder, "history", history)
-    write_table(folder, "summary", summarise(scores[scores["metric"].isin(CSV_METRICS)]))
+    write_table(folder, "summary", summarise(scores.query("metric in @CSV_METRICS")))
     write_table(folder, "comparisons", comparisons)
     write_table(folder, "costs", costs)
     (folder / "predictions").mkdir(exist_ok=True)
@@ -3956,7 +3957,7 @@ def make_report(folder, failed=0):
     environments = DataFrame(record["environment"] for record in records).map(str)
     lines = [f"- {name}: {', '.join(values.unique())}" for name, values in environments.items()]
     claims = common_claims(runs)
-    if len(claims) and not any(of_task["file"] for of_task in config.values()):
+    if len(claims):
         texts.append(f"## What is commonly said, and what was measured\n\n{markdown(claims)}")
     texts += [
         f"## Parameters\n\n{markdown(sizes)}",
