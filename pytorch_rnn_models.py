@@ -3461,7 +3461,8 @@ def common_claims(runs):
     """
     cells = list(DEFAULT_MODELS)
     runs = runs[runs["model"].isin(cells)]
-    counts = runs.groupby(["task", "model"]).size()
+    groups = runs.groupby(["task", "model"])
+    counts = groups.size()
     if len(counts) < len(TASKS) * len(cells) or counts.min() < 2 or runs["file"].notna().any():
         return DataFrame()
     rows = []
@@ -3478,8 +3479,7 @@ def common_claims(runs):
             measured.append(f"{task} {', '.join(ranked)}")
         add(said, "; ".join(measured), holds)
 
-    classifiers = runs.query("task == 'classifier'")
-    sizes = classifiers.groupby("model")["recurrent_parameters"].first()[cells]
+    sizes = groups["recurrent_parameters"].first()["classifier"][cells]
     add(
         "recurrent parameters: about 15K (RNN), 45K (GRU), 60K (LSTM)",
         ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
@@ -3491,19 +3491,18 @@ def common_claims(runs):
     order = ("LSTM", "GRU", "RNN")
     add_order(f"{said} (epochs to within 1 % of the lowest loss)", "near_best", *order)
     add_order(f"{said} (seconds to the same)", "seconds_to_near_best", *order)
-    accuracy = 100 * runs.pivot_table("test_accuracy", "task", "model")
+    accuracy = 100 * groups["test_accuracy"].mean()
     for task, cell, low, high in (
         ("classifier", "LSTM", 75, 85),
         ("classifier", "GRU", 70, 80),
         ("classifier", "RNN", 60, 70),
         ("predictor", "LSTM", 40, 60),
     ):
-        value = accuracy.loc[task, cell]
-        said = f"{task}: {cell} {low} to {high} % right"
-        add(said, f"{value:.1f} %", low <= value <= high)
+        value = accuracy[task, cell]
+        add(f"{task}: {cell} {low} to {high} % right", f"{value:.1f} %", low <= value <= high)
     shares = []
     for name in ("initial_gradient", "gradient"):
-        curve = mean_curves(classifiers, name)["RNN"]
+        curve = mean_curves(runs.query("task == 'classifier'"), name)["RNN"]
         shares.append(curve.iloc[min(100, len(curve) - 1)] / curve.iloc[0])
     add(
         "the RNN's gradient vanishes over 100 words (share of the gradient at the last word)",
@@ -3672,8 +3671,8 @@ def parameters_figure(models):
             axes,
             DataFrame(list(table["parts"]), table["model"]),
             [
-                f"{r.parameters:,} (recurrent {r.recurrent_parameters:,})"
-                for r in table.itertuples()
+                f"{run.parameters:,} (recurrent {run.recurrent_parameters:,})"
+                for run in table.itertuples()
             ],
             title=f"{title}, seed {seed}",
             xlabel="trainable parameters",
@@ -3759,7 +3758,7 @@ def learning_rates_figure(table):
     figure, grid = new_figure(4.2 * len(tasks), 4, 1, len(tasks))
     for axes, (task, runs) in zip(grid.flat, tasks):
         losses = runs.pivot_table("val_loss", "learning_rate", "model")
-        chosen = runs[runs["chosen"]].pivot_table("val_loss", "learning_rate", "model")
+        chosen = runs.query("chosen").pivot_table("val_loss", "learning_rate", "model")
         draw_lines(axes, losses, "o-")
         draw_lines(axes, chosen, "o", markersize=11, fillstyle="none")
         axes.scatter(runs["learning_rate"], runs["val_loss"], 9, runs["model"].map(colour))
