@@ -3268,7 +3268,8 @@ def compare(examples):
                 found = paired_difference(values[a], values[b])
                 rows.append((name, metric.name, a, b, *found, metric is metrics[0]))
     columns = ["task", "metric", "a", "b", "difference", "low", "high", "p", "is_primary"]
-    table = DataFrame(rows, columns=columns).dropna(subset="difference")  # no seed in common
+    table = DataFrame(rows, columns=columns)
+    table = table.dropna(subset="difference")  # there is none without a common seed
     table["p"] = holm(table["p"].where(table["is_primary"])).fillna(table["p"])
     table["verdict"] = [verdict(row) for row in table.itertuples()]
     return table.drop(columns=["p", "is_primary"])
@@ -3456,7 +3457,7 @@ def mean_curves(runs, name):
 def common_claims(runs):
     """What textbooks say of the three cells, and what was measured on generated data.
 
-    A row per claim; none of a user's data, nor unless all three cells did all three tasks on two
+    A row per claim; none for a user's data, nor unless all three cells did all three tasks on two
     seeds or more.
     """
     cells = list(DEFAULT_MODELS)
