@@ -38,6 +38,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickletools
 import platform
 import re
 import signal
@@ -48,6 +49,7 @@ import threading
 import time
 import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -1467,6 +1469,36 @@ class Recurrent(nn.Module):
         return states[torch.arange(len(states), device=states.device), last]  # (B, H)
 
 
+def is_size(value):
+    """Whether it can be a number of words or steps."""
+    return type(value) is int and 1 <= value <= 1e9
+
+
+def are_numbers(*values):
+    """Whether all are numbers of a size that can be reckoned with."""
+    return all(type(value) in (int, float) and -1e30 < value < 1e30 for value in values)
+
+
+def are_names(values):
+    """Whether it is a list of texts without repetitions."""
+    is_list = isinstance(values, list) and all(isinstance(value, str) for value in values)
+    return is_list and len(set(values)) == len(values)
+
+
+# what the preprocessing of a trained model may hold
+PREPROCESSING = {
+    "vocabulary": are_names,
+    "labels": are_names,
+    "max_words": is_size,
+    "window": is_size,
+    "scaler": lambda scaler: (
+        are_numbers(scaler["mean"], scaler["std"], *scaler["range"])
+        and scaler["std"] > 0
+        and scaler["range"][0] <= scaler["range"][1]
+    ),
+}
+
+
 class SequenceModel(nn.Module):
     """What all models share; a subclass names its `cell`."""
 
@@ -1477,10 +1509,9 @@ class SequenceModel(nn.Module):
 
     def check_preprocessing(self):
         """Raise an error unless the model can predict with its `preprocessing`."""
-        for name in ("window", "max_words"):
-            length = self.preprocessing.get(name, 1)
-            if type(length) is not int or length < 1:
-                raise InputError("a window or max_words that is not 1 or more")
+        for name, value in self.preprocessing.items():
+            if not PREPROCESSING[name](value):
+                raise InputError(f"its {name} makes no sense")
         self.predict(self.sample)
 
     @property
@@ -1495,8 +1526,6 @@ class SequenceModel(nn.Module):
         size = self.embedding.num_embeddings
         if len(words) != size or size < 3:
             raise InputError(f"{len(words)} words for {size} embeddings")
-        if not all(isinstance(word, str) for word in words):
-            raise InputError("a word that is no text")
         return {word: i for i, word in enumerate(words)}
 
 
@@ -1544,13 +1573,6 @@ class Classifier(SequenceModel):
         last = torch.where(ids != 0, places, 0).amax(dim=1)  # (B, T) -> (B,)
         state = self.recurrent(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, H)
         return self.head(self.dropout(state))  # (B, H) -> (B, output_dim)
-
-    def check_preprocessing(self):
-        labels = self.preprocessing["labels"]
-        n_labels = max(self.head[0].out_features, 2)
-        if not isinstance(labels, list) or len({str(label) for label in labels}) != n_labels:
-            raise InputError("labels that do not fit")
-        super().check_preprocessing()
 
     @torch.no_grad()
     def predict(self, texts):
@@ -1649,13 +1671,6 @@ class Forecaster(SequenceModel):
     def forward(self, values):
         state = self.recurrent(values)  # (B, T, F) -> (B, H)
         return self.head(self.dropout(state))  # (B, H) -> (B, output_dim)
-
-    def check_preprocessing(self):
-        scaler = self.preprocessing["scaler"]
-        low, high = scaler["range"]
-        if not scaler["std"] > 0 or not low <= high:
-            raise InputError(f"a scaler of {scaler}")
-        super().check_preprocessing()
 
     @torch.no_grad()
     def roll_forward(self, windows, steps):
@@ -1791,12 +1806,39 @@ def load_checkpoint(path):
             f"{path}: no such file; trained models are in the folder 'models' of an output folder"
         )
     try:
-        return restore(torch.load(path, map_location="cpu", weights_only=True))
+        check_archive(path)
+        with warnings.catch_warnings(action="ignore"):  # on what is refused in one line
+            return restore(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a foreign or damaged file can make torch stumble over anything
         why = "damaged, or something else"
         if isinstance(error, (ValueError, RuntimeError)):
             why = first_line(error)[:120]
         raise InputError(f"{path}: not a model that this script can use ({why})") from error
+
+
+# all that `checkpoint_bytes` makes torch.save write
+PICKLED = {"collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2"}
+
+
+def check_archive(path):
+    """Raise an error unless the file is whole, needs no more memory than its size, and holds
+    nothing but weights, numbers and text.
+    """
+    size = os.path.getsize(path)
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(each.compress_type for each in entries) or archive.testzip():
+            raise InputError("damaged: a checksum is wrong")
+        if sum(each.file_size for each in entries) > size:
+            raise InputError("it would need more memory than its size")
+        [pickled] = [each for each in entries if each.filename.endswith("/data.pkl")]
+        content = archive.read(pickled)
+    for operation, argument, _ in pickletools.genops(content):
+        is_foreign = operation.name == "GLOBAL" and argument not in PICKLED
+        if is_foreign or operation.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "EXT1"):
+            raise InputError(f"it holds {argument}")
+        if isinstance(argument, int) and argument > size:
+            raise InputError("it would need more memory than its size")
 
 
 def restore(checkpoint):
@@ -2784,6 +2826,32 @@ def load_data(task, config, seed, device):
     return replace(data, doubts=doubts)
 
 
+def printable(text):
+    """Text without control characters, which might command a terminal; line ends stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def tell(text):
+    """Print to stderr, above a bar; training does not depend on whether anybody listens."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            tqdm.write(printable(text), file=sys.stderr)
+
+
+def say(text):
+    """Print to stdout; raises OSError where that is closed or full."""
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    print(printable(text), flush=True)
+
+
+def for_spreadsheet(table, missing=""):
+    """A table as CSV in which no text is taken for a formula."""
+    words = table.select_dtypes(exclude="number")
+    plain = words.apply(lambda cells: cells.str.replace(r"^(?=[=+@-])", "'", regex=True))
+    return table.assign(**plain).to_csv(index=False, na_rep=missing)
+
+
 def write_whole(path, content):
     """Write text or bytes so that the file is whole or absent: temporary name, flush, rename.
 
@@ -2907,7 +2975,8 @@ def complete_run(run, experiment, on_epoch):
         **content,
     }
     text = json.dumps(record, default=np.generic.item)  # settings may be NumPy's
-    write_whole(path, f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_whole(path, f'{text[:-1]}, "digest": "{digest}"}}')
     if run.learning_rate and not run.is_tuning:  # what was tried is not needed any more
         run._replace(is_tuning=True).model_path(experiment.folder).unlink(missing_ok=True)
 
@@ -3039,10 +3108,9 @@ def complete_runs(runs, experiment):
     tasks = experiment.tasks
     runs = sorted(runs, key=lambda r: (tasks.index(r.task), r.seed, r.model != BASELINES, -left[r]))
     total = sum(left.values())
-    print(
+    tell(
         f"{len(runs)} runs on {experiment.device}, {workers} at a time with a thread each: about "
-        f"{tqdm.format_interval(total / workers)} if a run takes 20 epochs",
-        file=sys.stderr,
+        f"{tqdm.format_interval(total / workers)} if a run takes 20 epochs"
     )
     bar = tqdm(
         total=total,
@@ -3055,7 +3123,7 @@ def complete_runs(runs, experiment):
 
     def show_progress(line):
         bar.n = total - sum(left.values())
-        tqdm.write(line, file=sys.stderr)  # draws the bar anew
+        tell(line)
 
     def on_epoch(run, row):  # called in many threads, for a run always in the same one
         left[run] = max(left[run] - per_epoch[run], per_epoch[run])  # nobody knows how many follow
@@ -3099,17 +3167,18 @@ def read_records(folder, subfolder="runs"):
         try:
             if not path.is_file():
                 raise ValueError("a pipe or a folder")
-            text, _, digest = path.read_text(encoding="utf-8").rpartition("\n")
-            if hashlib.sha256(text.encode()).hexdigest() != digest:
+            content = path.read_bytes()
+            record = json.loads(content)
+            text = content[: content.rindex(b', "digest"')] + b"}"
+            if hashlib.sha256(text).hexdigest() != record["digest"]:
                 raise ValueError("cut or changed")
-            record = json.loads(text)
             run = Run(*(record[name] for name in Run._fields))
             place = tasks.index(run.task), models.index(run.model), run.seed, run.learning_rate
             if path != run.record_path(folder):
                 raise ValueError("the record of another run")
             found[place] = run, record
         except Exception:  # a foreign or damaged file can be anything
-            print(f"{path} is not the whole record of a run; it is left out", file=sys.stderr)
+            tell(f"{path} is not the whole record of a run; it is left out")
     return dict(found[place] for place in sorted(found))
 
 
@@ -3131,11 +3200,8 @@ def unfinished(runs, folder):
     rest = [run for run in runs if not is_finished(run, records.get(run), folder)]
     for path in (run.record_path(folder) for run in rest):
         if path.exists():
-            print(
-                f"{path}, or its model, is damaged or of another rate; it is done again",
-                file=sys.stderr,
-            )
-    print(f"resuming: {len(runs) - len(rest)} of {len(runs)} runs are finished", file=sys.stderr)
+            tell(f"{path}, or its model, is damaged or of another rate; it is done again")
+    tell(f"resuming: {len(runs) - len(rest)} of {len(runs)} runs are finished")
     return rest
 
 
@@ -3241,10 +3307,9 @@ def tune_rates(experiment, tasks, grid):
     first, *others = experiment.seeds
     of_each = len(grid) + math.ceil(len(grid) / 2) * len(others)
     seconds = sum(expected_seconds(Run(*pair, first), experiment) for pair in pairs)
-    print(
+    tell(
         f"learning rates are chosen first, by about {of_each * len(pairs)} runs: "
-        f"{tqdm.format_interval(of_each * seconds / experiment.workers)}, if a run takes 20 epochs",
-        file=sys.stderr,
+        f"{tqdm.format_interval(of_each * seconds / experiment.workers)}, if a run takes 20 epochs"
     )
     new = [Run(*pair, first, rate, is_tuning=True) for pair in pairs for rate in grid]
     runs = []
@@ -3297,7 +3362,15 @@ RUN_COLUMNS = [
     "test_mse",
     "test_mae",
 ]
-COST_COLUMNS = ["ms_per_step", "samples_per_second", "activation_bytes", "kernel"]
+COST_COLUMNS = [
+    "task",
+    "model",
+    *SIZES,
+    "ms_per_step",
+    "samples_per_second",
+    "activation_bytes",
+    "kernel",
+]
 EXAMPLE_COLUMNS = ["truth", "text", "step", "role", "distance", "lag"]
 
 
@@ -3326,39 +3399,46 @@ def score_table(examples):
     rows = []
     for (*group, unit), answers in examples.groupby([*key, "unit"], sort=False):
         # contiguous, for a mean of float32 depends on the order in which NumPy adds
-        columns = answers[["loss", "score"]].to_numpy().T.copy()
-        for metric, value in TASKS[group[0]].measure(*columns, unit).items():
+        measured = np.array([answers["loss"], answers["score"]])
+        for metric, value in TASKS[group[0]].measure(*measured, unit).items():
             rows.append((*group, metric, value))
     return DataFrame(rows, columns=[*key, "metric", "value"])
 
 
 def run_table(records, scores, config):
-    """A row per trained model: its record, and what is counted from it.
+    """A row per trained model: its task's settings, its record, and what is counted from both.
 
     Losses are those that training minimised: of scaled values in the forecaster. `capped`: training
-    was ended by the cap on epochs.
+    was ended by the cap on epochs. `near_best`: epochs to within 1 % of the lowest validation loss.
     """
     tested = scores.pivot_table("value", ["task", "name", "seed"], "metric")
+    tested = tested.reindex(columns=CSV_METRICS).add_prefix("test_")
     rows = []
     for record in records:
         of_task = config[record["task"]]
         title = TASKS[record["task"]].title
+        history = DataFrame(record["history"])
         best = best_of(record["history"])
+        is_near = history["validation"].str["loss"] <= 1.01 * best["val_loss"]
+        near_best = is_near.argmax() + 1
         rows.append(
             {
+                **of_task,
                 **record,
                 **record["cost"],
+                **record["evidence"],
                 **best,
                 "title": f"{title}: {of_task['file']}" if of_task["file"] else title,
                 "parameters": sum(record["parts"].values()),
                 "recurrent_parameters": record["parts"]["recurrent"],
-                "clip_norm": of_task["clip_norm"],
-                "clipped": np.mean([epoch["clipped"] for epoch in record["history"]]),
+                "clipped": history["clipped"].mean(),
                 "capped": best["epochs"] - best["best_epoch"] < of_task["patience"],
-                "seconds": round(sum(epoch["seconds"] for epoch in record["history"]), 1),
+                "seconds": round(history["seconds"].sum(), 1),
+                "near_best": near_best,
+                "seconds_to_near_best": history["seconds"][:near_best].sum(),
+                "activation_mib": record["cost"]["activation_bytes"] / 2**20,
             }
         )
-    tested = tested.reindex(columns=CSV_METRICS).add_prefix("test_")
     return DataFrame(rows).join(tested, ["task", "model", "seed"])
 
 
@@ -3386,11 +3466,10 @@ def predictions_table(examples):
     return known.join(wide).dropna(axis="columns", how="all")
 
 
-def confusion(answers, labels):
-    """How often each label (K rows) was taken for each (K columns)."""
-    return pd.crosstab(answers["truth"], answers["answer"]).reindex(
-        index=labels, columns=labels, fill_value=0
-    )
+def confusion(answers, labels, normalize=False):
+    """How often each label (K rows) was taken for each (K columns); or as `pd.crosstab` says."""
+    counts = pd.crosstab(answers["truth"], answers["answer"], normalize=normalize)
+    return counts.reindex(index=labels, columns=labels, fill_value=0)
 
 
 def label_scores(examples, labels):
@@ -3427,10 +3506,10 @@ def student_angles(degrees):
     return angles, np.append(0, mass / mass[-1])
 
 
-def student_t(degrees, level=0.95):
-    """The two-sided critical value of Student's t."""
+def student_t(degrees):
+    """The two-sided critical value of Student's t, at a level of 95 %."""
     angles, shares = student_angles(degrees)
-    return math.sqrt(degrees) * math.tan(np.interp(level, shares, angles))
+    return math.sqrt(degrees) * math.tan(np.interp(0.95, shares, angles))
 
 
 def student_p(t, degrees):
@@ -3449,13 +3528,13 @@ def paired_difference(a, b):
     """
     by_seed = (a - b).dropna().groupby("seed")
     means = by_seed.mean()
+    mean = means.mean()
     n = len(means)
     if n < 2:
-        return means.mean(), math.nan, math.nan, math.nan
+        return mean, math.nan, math.nan, math.nan
     of_examples = math.sqrt((by_seed.var() / by_seed.size()).sum()) / n
-    error = max(means.std() / math.sqrt(n), of_examples, 1e-12)
+    error = max(means.sem(), of_examples, 1e-12)
     half = student_t(n - 1) * error
-    mean = means.mean()
     return mean, mean - half, mean + half, student_p(mean / error, n - 1)
 
 
@@ -3480,7 +3559,7 @@ def verdict(row):
     if mean == 0 or row.p >= 0.05:
         words = f"{row.a} and {row.b}: no clear difference, {scale * mean:z.{places}f}{unit}"
     else:
-        better, worse = (row.a, row.b)
+        better, worse = row.a, row.b
         if (mean > 0) != metric.higher_is_better:
             better, worse = worse, better
         words = f"{better} better than {worse} by {scale * abs(mean):.{places}f}{unit}"
@@ -3491,8 +3570,9 @@ def verdict(row):
 
 
 def in_units(examples, metric):
-    """What a metric is the mean of, for each test example, in the user's units."""
-    return examples[metric.source] * examples["unit"] ** metric.unit_power
+    """The test examples with `value`: what a metric is the mean of, in the user's units."""
+    value = examples[metric.source] * examples["unit"] ** metric.unit_power
+    return examples.assign(value=value)
 
 
 def compare(examples):
@@ -3502,26 +3582,24 @@ def compare(examples):
     the models are judged, `p` is adjusted by Holm's method over all these differences.
     """
     rows = []
-    for task in TASKS.values():
-        of_task = examples[examples["task"] == task.name]
-        names = of_task.groupby("kind", sort=False)["name"].unique()
-        models = names.get("model", ())
-        for metric in task.metrics:
+    for name, of_task in examples.groupby("task", sort=False):
+        models = of_task.query("kind == 'model'")["name"].unique()
+        baselines = of_task.query("kind == 'baseline'")["name"].unique()
+        metrics = TASKS[name].metrics
+        for metric in metrics:
             if metric.transform is not float:
                 continue
-            values = of_task.assign(value=in_units(of_task, metric))
+            values = in_units(of_task, metric)
             values = values.pivot(index=["seed", "example"], columns="name", values="value")
-            means = values[names.get("baseline", [])].groupby("seed").mean().mean()
+            means = values[baselines].groupby("seed").mean().mean()
             ranked = means.sort_values(ascending=not metric.higher_is_better, kind="stable")
             for a, b in [*combinations(models, 2), *product(models, ranked.index[:1])]:
-                if (values[a] - values[b]).notna().any():
-                    found = paired_difference(values[a], values[b])
-                    is_primary = metric is task.metrics[0]
-                    rows.append((task.name, metric.name, a, b, *found, is_primary))
+                found = paired_difference(values[a], values[b])
+                rows.append((name, metric.name, a, b, *found, metric is metrics[0]))
     columns = ["task", "metric", "a", "b", "difference", "low", "high", "p", "is_primary"]
     table = DataFrame(rows, columns=columns)
-    adjusted = holm(table["p"].where(table["is_primary"]))
-    table["p"] = adjusted.where(table["is_primary"], table["p"])
+    table = table.dropna(subset="difference")  # there is none without a common seed
+    table["p"] = holm(table["p"].where(table["is_primary"])).fillna(table["p"])
     table["is_clear"] = (table["p"] < 0.05) & (table["difference"] != 0)
     table["verdict"] = [verdict(row) for row in table.itertuples()]
     return table.drop(columns=["p", "is_primary"])
@@ -3587,24 +3665,20 @@ def by_distance(task, examples, value, column):
 def distance_text(task, examples):
     """Tables by distance: score, effect of a change, and the latter by who speaks or what comes."""
     metric = task.metrics[0]
-
-    def table_text(title, examples, value, column, is_share):
-        table = by_distance(task, examples, value, column).T
-        table = table.map(lambda mean: show(mean, is_share=is_share) if mean == mean else "")
-        return f"{title}:\n\n{markdown(table.rename(columns=str).reset_index())}"
-
+    examples = in_units(examples, metric)
     parts = []
-    known = examples.assign(shown=in_units(examples, metric)).dropna(subset="distance")
-    if len(known):
-        title = f"By {task.distance}, {metric.label}"
-        parts.append(table_text(title, known, "shown", "distance", metric.is_share))
-    changed = examples.dropna(subset="effect")
-    if len(changed):
-        title = f"By {task.change_place}, {' '.join(task.effect_label.split())}"
-        parts.append(table_text(title, changed, "effect", task.effect_by, False))
-        for role, of_role in changed.groupby("role"):
-            title = f"The same, {role}"
-            parts.append(table_text(title, of_role, "effect", task.effect_by, False))
+
+    def add(title, examples, value, column, is_share=False):
+        table = by_distance(task, examples, value, column).T
+        if len(table):  # else it is not known
+            cells = table.map(show, na_action="ignore", is_share=is_share).fillna("")
+            parts.append(f"{title}:\n\n{markdown(cells.rename(columns=str).reset_index())}")
+
+    add(f"By {task.distance}, {metric.label}", examples, "value", "distance", metric.is_share)
+    change = f"{task.change_place}, {' '.join(task.effect_label.split())}"
+    add(f"By {change}", examples, "effect", task.effect_by)
+    for role, of_role in examples.groupby("role"):
+        add(f"The same, {role}", of_role, "effect", task.effect_by)
     return "\n\n".join(parts)
 
 
@@ -3612,8 +3686,8 @@ def markdown(table):
     """A table in Markdown, its columns aligned."""
     columns = []
     for name, cells in table.astype(str).items():
-        cells = [name, "", *cells.str.replace("|", "\\|")]
-        width = max(3, *map(len, cells))
+        cells = [name, "", *cells.str.replace("|", "\\|").str.replace(r"\s+", " ", regex=True)]
+        width = max(map(len, cells))
         cells[1] = "-" * width
         columns.append([cell.ljust(width) for cell in cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns))
@@ -3624,10 +3698,8 @@ def score_cells(scores, task):
     summary = summarise(scores)
     cells = summary.drop_duplicates("name")[["name", "kind"]]
     for metric in task.metrics:
-        rows = summary.query(f"metric == '{metric.name}'")
-        cells[metric.name] = [
-            show(*each, metric.is_share) for each in zip(rows["mean"], rows["std"])
-        ]
+        rows = summary.query("metric == @metric.name")[["mean", "std"]]
+        cells[metric.name] = [show(*row, metric.is_share) for row in rows.to_numpy()]
     return cells
 
 
@@ -3651,9 +3723,8 @@ def facts_text(facts):
 
 def findings(task, examples, runs, comparisons):
     """What the results of one task say, in sentences: verdicts, and what may mislead."""
-    shown = comparisons[
-        (comparisons["metric"] == task.metrics[0].name) | comparisons["b"].isin(runs["model"])
-    ]
+    of_first_metric = comparisons["metric"] == task.metrics[0].name
+    shown = comparisons[of_first_metric | comparisons["b"].isin(runs["model"])]
     sentences = list(shown["verdict"])
     if shown["low"].isna().any():
         sentences.append("One seed supports no ranking")
@@ -3697,7 +3768,8 @@ def answer(task, scores, runs, comparisons, file):
         said = f"the {shown[best]} is best"
     else:
         best = runs[runs["model"].isin(alike)].groupby("model")["seconds"].mean().idxmin()
-        said = f"{', '.join(alike)} do not differ clearly, and the {shown[best]} takes least time"
+        models = ", ".join(shown[name] for name in alike)
+        said = f"{models} do not differ clearly, and the {best} takes least time"
     names = summary["name"].tolist()
     relation = "not clearly better"
     if (best, baseline) in clear:
@@ -3708,23 +3780,24 @@ def answer(task, scores, runs, comparisons, file):
     return f"On {file}, by {metric.label}: {said}."
 
 
-def task_text(task, records, examples, scores, runs, comparisons, config):
-    """One task's results in Markdown: data, tables, findings; all arguments are of this task."""
+def task_text(task, baselines, examples, runs, scores, comparisons, config):
+    """One task's results in Markdown: data, tables, findings; all arguments are of this task.
+
+    `baselines`: their records, which also say what is known of the data.
+    """
     sentences = findings(task, examples, runs, comparisons)
-    of_data = [record for record in records if "facts" in record]
-    sentences.extend(
-        dict.fromkeys(f"Note: {doubt}" for record in of_data for doubt in record["doubts"])
-    )
+    for record in baselines:
+        sentences.extend(f"Note: {doubt}" for doubt in record["doubts"])
     parts = [
         f"## {runs['title'].iloc[0]}",
         "" if config["file"] else task.question,
         markdown(score_cells(scores, task)),
         markdown(training_cells(runs)),
-        "\n".join(f"- {sentence}." for sentence in sentences),
+        "\n".join(f"- {sentence}." for sentence in dict.fromkeys(sentences)),
         distance_text(task, examples),
     ]
-    if of_data:
-        first = of_data[0]
+    if baselines:
+        first = baselines[0]
         if first["labels"]:
             table = label_scores(examples.query("kind == 'model'"), first["labels"])
             parts.append(f"{markdown(table)}\n\nThe mean recall is the balanced accuracy.")
@@ -3742,25 +3815,22 @@ def mean_curves(runs, name):
     A column per model, a row per element, counted from 1.
     """
     curves = {}
-    for model, evidence in runs.groupby("model", sort=False)["evidence"]:
-        curves[model] = DataFrame(zip(*(each[name] for each in evidence))).mean(axis=1)
+    for model, lists in runs.groupby("model", sort=False)[name]:
+        curves[model] = DataFrame(zip(*lists)).mean(axis=1)
     return DataFrame(curves).rename(lambda i: i + 1)
-
-
-def ranked(values):
-    """'RNN 1.2, GRU 3.4': numbers by model, from the least."""
-    return ", ".join(f"{name} {value:.3g}" for name, value in values.sort_values().items())
 
 
 def common_claims(runs):
     """What textbooks say of the three cells, and what was measured on generated data.
 
-    A row per claim; none unless all three cells did all three tasks on two seeds or more.
+    A row per claim; none for a user's data, nor unless all three cells did all three tasks on two
+    seeds or more.
     """
     cells = list(DEFAULT_MODELS)
     runs = runs[runs["model"].isin(cells)]
-    seeds = runs.groupby(["task", "model"])["seed"].nunique()
-    if len(seeds) < len(TASKS) * len(cells) or seeds.min() < 2:
+    groups = runs.groupby(["task", "model"])
+    counts = groups.size()
+    if len(counts) < len(TASKS) * len(cells) or counts.min() < 2 or runs["file"].notna().any():
         return DataFrame()
     rows = []
 
@@ -3770,42 +3840,36 @@ def common_claims(runs):
     def add_order(said, column, *order):
         table = runs.pivot_table(column, "task", "model")
         holds = all((table[a] < table[b]).all() for a, b in pairwise(order))
-        measured = [f"{task} {ranked(values)}" for task, values in table.iterrows()]
+        measured = []
+        for task, values in table.iterrows():
+            ranked = [f"{name} {value:.3g}" for name, value in values.sort_values().items()]
+            measured.append(f"{task} {', '.join(ranked)}")
         add(said, "; ".join(measured), holds)
 
-    sizes = runs.query("task == @CLASSIFIER.name").groupby("model")["recurrent_parameters"].first()
-    near = (sizes / Series({"RNN": 15_000, "GRU": 45_000, "LSTM": 60_000}) - 1).abs() < 0.03
+    sizes = groups["recurrent_parameters"].first()["classifier"][cells]
     add(
         "recurrent parameters: about 15K (RNN), 45K (GRU), 60K (LSTM)",
-        ", ".join(f"{name} {size:,}" for name, size in sizes[cells].items()),
-        near.all(),
+        ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
+        np.allclose(sizes, [15_000, 60_000, 45_000], rtol=0.03),
     )
-    runs = runs.assign(activation_mib=runs["activation_bytes"] / 2**20)
     add_order("memory: RNN < GRU < LSTM (MiB a batch)", "activation_mib", "RNN", "GRU", "LSTM")
     add_order("time a step: RNN < GRU < LSTM (ms)", "ms_per_step", "RNN", "GRU", "LSTM")
-    histories = runs["history"].map(DataFrame)
-    losses = histories.map(lambda history: history["validation"].str["loss"].to_numpy())
-    near_best = losses.map(lambda loss: np.argmax(loss <= 1.01 * loss.min()) + 1)
-    seconds = [history["seconds"][:n].sum() for history, n in zip(histories, near_best)]
-    runs = runs.assign(near_best=near_best, near_best_seconds=seconds)
     said = "convergence: LSTM before GRU before RNN"
     order = ("LSTM", "GRU", "RNN")
     add_order(f"{said} (epochs to within 1 % of the lowest loss)", "near_best", *order)
-    add_order(f"{said} (seconds to the same)", "near_best_seconds", *order)
-    accuracy = 100 * runs.pivot_table("test_accuracy", "task", "model")
+    add_order(f"{said} (seconds to the same)", "seconds_to_near_best", *order)
+    accuracy = 100 * groups["test_accuracy"].mean()
     for task, cell, low, high in (
-        (CLASSIFIER.name, "LSTM", 75, 85),
-        (CLASSIFIER.name, "GRU", 70, 80),
-        (CLASSIFIER.name, "RNN", 60, 70),
-        (PREDICTOR.name, "LSTM", 40, 60),
+        ("classifier", "LSTM", 75, 85),
+        ("classifier", "GRU", 70, 80),
+        ("classifier", "RNN", 60, 70),
+        ("predictor", "LSTM", 40, 60),
     ):
-        value = accuracy.loc[task, cell]
-        said = f"{task}: {cell} {low} to {high} % right"
-        add(said, f"{value:.1f} %", low <= value <= high)
-    classifiers = runs.query("task == @CLASSIFIER.name")
+        value = accuracy[task, cell]
+        add(f"{task}: {cell} {low} to {high} % right", f"{value:.1f} %", low <= value <= high)
     shares = []
     for name in ("initial_gradient", "gradient"):
-        curve = mean_curves(classifiers, name)["RNN"]
+        curve = mean_curves(runs.query("task == 'classifier'"), name)["RNN"]
         shares.append(curve.iloc[min(100, len(curve) - 1)] / curve.iloc[0])
     add(
         "the RNN's gradient vanishes over 100 words (share of the gradient at the last word)",
@@ -3864,14 +3928,14 @@ def finish(figure, title, handles=()):
     return figure
 
 
-def plain_ticks(axes, axis):
+def plain_ticks(axis):
     """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, as plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
+    axis.axes.minorticks_off()
 
 
-def draw_lines(axes, table, style, **look):
+def draw_lines(axes, table, style="-", **look):
     """A line per column of a table, in the colour of the model of that name."""
     for name, values in table.items():
         axes.plot(values, style, color=colour(name), label=name, **look)
@@ -3903,22 +3967,25 @@ def training_history_figure(runs, history, task):
     width = 3.2 * len(models) + 0.8
     figure, grid = new_figure(width, 5.8, 2, len(models), sharex=True, sharey="row")
     history = history.merge(runs)  # by task, model and seed
-    # the grid ends after the first two metrics
-    for axes, (metric, model) in zip(grid.flat, product(task.metrics, models)):
-        curves = history.query("model == @model and metric == @metric.name")
-        for (split, _), curve in curves.groupby(["split", "seed"]):
-            style = ".:" if split == "train" else ".-"
-            axes.plot(curve["epoch"], curve["value"], style, color=colour(model), markersize=2)
-        values = history.query("metric == @metric.name")["value"]
+    for row, metric in zip(grid, task.metrics):  # the first two
+        curves = history.query("metric == @metric.name")
+        values = curves["value"]
         usual = values.quantile(0.98)
         if values.max() > 5 * usual:  # a cell that explodes at first would flatten all others
-            axes.set_ylim(0.9 * values.min(), 1.1 * usual)
-        kept = curves.query("split == 'validation' and epoch == best_epoch")
-        axes.plot(kept["epoch"], kept["value"], "o", color=colour(model))
-        axes.set_title(model, color=colour(model))
-        axes.set(xlabel="epoch", ylabel=metric.label)
-        axes.label_outer()
-        axes.locator_params("x", integer=True, min_n_ticks=1)
+            row[0].set_ylim(0.9 * values.min(), 1.1 * usual)
+        for axes, model in zip(row, models):
+            shade = colour(model)
+            own = curves.query("model == @model")
+            for split, of_split in own.groupby("split"):
+                by_seed = of_split.pivot_table("value", "epoch", "seed")
+                style = ".:" if split == "train" else ".-"
+                axes.plot(by_seed, style, color=shade, markersize=2)
+            kept = own.query("split == 'validation' and epoch == best_epoch")
+            axes.plot(kept["epoch"], kept["value"], "o", color=shade)
+            axes.set_title(model, color=shade)
+            axes.set(xlabel="epoch", ylabel=metric.label)
+            axes.label_outer()
+            axes.locator_params("x", integer=True, min_n_ticks=1)
     handles = [
         line("training (running mean over the epoch)", linestyle=":"),
         line("validation"),
@@ -3927,7 +3994,7 @@ def training_history_figure(runs, history, task):
     return finish(figure, f"{runs['title'].iloc[0]}: training, a line per seed", handles)
 
 
-def forecasts_figure(runs, scores):
+def forecasts_figure(runs, examples):
     """Forecasts and truth, one step ahead and free-running, and the latter's error by horizon."""
     models = runs.drop_duplicates("model")
     figure, grid = new_figure(11, 2.1 * len(models) + 3, len(models) + 1, 2)
@@ -3936,20 +4003,20 @@ def forecasts_figure(runs, scores):
         "free_": "steps after the last observed value (free-running: forecasts fed back)",
     }
     for axes, (run, kind) in zip(grid.flat, product(models.itertuples(), kinds)):
-        truth = run.evidence[f"{kind}truth"]
+        shade = colour(run.model)
+        truth = getattr(run, f"{kind}truth")
         steps = range(1, len(truth) + 1)
         axes.plot(steps, truth, ".", color=GREY)
-        axes.plot(steps, run.evidence[f"{kind}forecast"], color=colour(run.model))
-        axes.set_title(f"{run.model}, seed {run.seed}", color=colour(run.model))
+        axes.plot(steps, getattr(run, f"{kind}forecast"), color=shade)
+        axes.set_title(f"{run.model}, seed {run.seed}", color=shade)
         axes.set(xlabel=kinds[kind], ylabel="value (series units)")
 
     errors, place = grid[-1]
-    free = mean_curves(runs, "free_mse")
-    free["persistence"] = mean_curves(runs, "persistence_mse").mean(axis=1)
-    draw_lines(errors, free, "-")
-    variance = DataFrame(list(runs["evidence"]))["variance"].mean()
+    draw_lines(errors, mean_curves(runs, "free_mse"))
+    draw_lines(errors, mean_curves(runs.assign(model="persistence"), "persistence_mse"))
+    variance = runs["variance"].mean()
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
-    ceilings = scores.query("kind == 'ceiling' and metric == 'mse'").groupby("name")["value"]
+    ceilings = in_units(examples.query("kind == 'ceiling'"), MSE).groupby("name")["value"]
     for name, value in ceilings.mean().items():
         errors.axhline(value, color="black", linestyle=":", label=f"{name}, one step ahead")
     errors.set(
@@ -3972,8 +4039,8 @@ def parameters_figure(models):
             axes,
             DataFrame(list(table["parts"]), table["model"]),
             [
-                f"{r.parameters:,} (recurrent {r.recurrent_parameters:,})"
-                for r in table.itertuples()
+                f"{run.parameters:,} (recurrent {run.recurrent_parameters:,})"
+                for run in table.itertuples()
             ],
             title=f"{title}, seed {seed}",
             xlabel="trainable parameters",
@@ -3987,27 +4054,22 @@ def parameters_figure(models):
     return finish(figure, "Parameters by part of the model", handles)
 
 
-def layer_text(layer):
-    """What stands in the box of a layer: its kind and settings, output shape and weights."""
-    hidden = r", (batch_first|inplace|bias|padding_idx)=\w+|\w+_features="
-    settings = re.sub(hidden, "", layer["settings"])
-    call = f"{layer['kind']}({settings})".replace("Recurrent()", "last state")
-    shape = ", ".join(map(str, layer["shape"]))
-    return f"{call}\n→ (B, {shape})\n{layer['parameters']:,} weights"
-
-
 def architectures_figure(models):
-    """A strip of boxes per model, its layers in order, as `layer_text` says."""
+    """A strip of boxes per model: its layers in order, with settings, output shape and weights."""
     width = models["layers"].map(len).max()
     figure, grid = new_figure(1.75 * width, len(models) + 0.6, len(models))
+    left_out = r", (batch_first|inplace|bias|padding_idx)=\w+|\w+_features="
     for axes, run in zip(grid.flat, models.itertuples()):
         shade = colour(run.model)
         axes.set_title(f"{run.model} {run.task}, seed {run.seed}", color=shade)
         axes.set_xlim(-1, width - 0.5)
         axes.axis("off")
         for x, layer in enumerate(run.layers):
+            settings = re.sub(left_out, "", layer["settings"])
+            call = f"{layer['kind']}({settings})".replace("Recurrent()", "last state")
+            shape = ", ".join(map(str, layer["shape"]))
             axes.annotate(
-                layer_text(layer),
+                f"{call}\n→ (B, {shape})\n{layer['parameters']:,} weights",
                 xy=(x - 1, 0.5),  # the arrow begins behind the box before
                 xytext=(x, 0.5),
                 zorder=-x,
@@ -4023,22 +4085,18 @@ def architectures_figure(models):
 def performance_figure(scores, runs):
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
     tasks = runs.groupby("task", sort=False)
-    figure, grid = new_figure(
-        14, 2.5 * len(tasks) + 0.6, len(tasks), 4, width_ratios=[2.2, 1, 1, 1]
-    )
+    height = 2.5 * len(tasks) + 0.6
+    figure, grid = new_figure(14, height, len(tasks), 4, width_ratios=[2.2, 1, 1, 1])
     for row, (task, of_task) in zip(grid, tasks):
         score_panel(row[0], scores.query("task == @task"), TASKS[task].metrics[0])
         row[0].set_title(of_task["title"].iloc[0])
         costs = of_task.drop_duplicates("model").set_index("model")
-        seconds = of_task.groupby("model", sort=False)[["seconds"]].mean()
         steps = [f"{run.ms_per_step:.3g} {run.kernel}" for run in costs.itertuples()]
+        activations = "activations of the\nlongest batch (MiB)"
+        seconds = of_task.groupby("model", sort=False)[["seconds"]].mean()
         bar_panel(row[1], seconds, xlabel="training (s per run)")
         bar_panel(row[2], costs[["ms_per_step"]], steps, xlabel="step (ms), kernel")
-        bar_panel(
-            row[3],
-            costs[["activation_bytes"]] / 2**20,
-            xlabel="activations of the\nlongest batch (MiB)",
-        )
+        bar_panel(row[3], costs[["activation_mib"]], xlabel=activations)
     title = "Test: mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), costs"
     return finish(figure, title)
 
@@ -4059,7 +4117,7 @@ def score_panel(axes, scores, metric):
     axes.set_xlabel(f"test {metric.label}")
     if not metric.higher_is_better:  # errors differ by factors
         axes.set(xscale="log", xlabel=f"test {metric.label}, log scale")
-        plain_ticks(axes, axes.xaxis)
+        plain_ticks(axes.xaxis)
 
 
 def learning_rates_figure(table):
@@ -4068,7 +4126,7 @@ def learning_rates_figure(table):
     figure, grid = new_figure(4.2 * len(tasks), 4, 1, len(tasks))
     for axes, (task, runs) in zip(grid.flat, tasks):
         losses = runs.pivot_table("val_loss", "learning_rate", "model")
-        chosen = runs[runs["chosen"]].pivot_table("val_loss", "learning_rate", "model")
+        chosen = runs.query("chosen").pivot_table("val_loss", "learning_rate", "model")
         draw_lines(axes, losses, "o-")
         draw_lines(axes, chosen, "o", markersize=11, fillstyle="none")
         axes.scatter(runs["learning_rate"], runs["val_loss"], 9, runs["model"].map(colour))
@@ -4093,12 +4151,10 @@ def errors_figure(runs, examples):
     labels = runs["labels"].iloc[0]
     n = len(labels)
     models = examples.query("kind == 'model'").groupby("name", sort=False)
-    figure, grid = new_figure(
-        (0.6 * n + 1.2) * len(models) + 1.6, 0.5 * n + 2.2, 1, len(models), sharey=True
-    )
+    width = (0.6 * n + 1.2) * len(models) + 1.6
+    figure, grid = new_figure(width, 0.5 * n + 2.2, 1, len(models), sharey=True)
     for axes, (name, answers) in zip(grid.flat, models):
-        counts = confusion(answers, labels)
-        shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+        shares = confusion(answers, labels, normalize="index")
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=2, aspect="auto")  # text stays readable
         for (truth, answer), share in np.ndenumerate(shares):
             axes.text(answer, truth, f"{share:.0%}", ha="center", va="center")
@@ -4114,10 +4170,9 @@ def errors_figure(runs, examples):
 
 def distance_panel(axes, task, examples, value, column):
     """The mean of a column by distance, a line per model, baseline and ceiling."""
-    kinds = examples.drop_duplicates("name").set_index("name")["kind"]
+    kinds = examples.groupby("name")["kind"].first()
     styles = cycle(["s:", "^:", "D:", "v:", "x:"])
-    table = by_distance(task, examples, value, column)
-    for name, values in table.items():
+    for name, values in by_distance(task, examples, value, column).items():
         if kinds[name] == "model":
             axes.plot(values, "o-", color=colour(name))
         elif kinds[name] == "baseline":
@@ -4131,14 +4186,14 @@ def distance_panel(axes, task, examples, value, column):
 def gradient_panel(axes, runs):
     """The norm of the gradient by epoch, before clipping: median of the seeds still training."""
     for model, histories in runs.groupby("model", sort=False)["history"]:
-        rows = [{row["epoch"]: row["gradient_norm"] for row in history} for history in histories]
-        axes.plot(DataFrame(rows).median().sort_index(), color=colour(model))
+        epochs = DataFrame(list(histories.explode())).groupby("epoch")
+        axes.plot(epochs["gradient_norm"].median(), color=colour(model))
     clip_norm = runs["clip_norm"].iloc[0]
     axes.axhline(clip_norm, color=GREY, linestyle=":", label="clipped above")
     axes.set(xlabel="epoch", ylabel="norm of the gradient (median)", yscale="log")
     # a cell that explodes in its first steps would flatten all others
     axes.set_ylim(top=min(axes.get_ylim()[1], 50 * clip_norm))
-    plain_ticks(axes, axes.yaxis)
+    plain_ticks(axes.yaxis)
     axes.locator_params("x", integer=True, min_n_ticks=1)
     axes.legend(fontsize=7)
 
@@ -4150,17 +4205,16 @@ def long_range_figure(runs, examples):
     for (name, of_task), (top, middle, bottom) in zip(tasks, grid.T):
         task = TASKS[name]
         metric = task.metrics[0]
-        own = examples[examples["task"] == name]
-        own = own.assign(shown=in_units(own, metric))
+        own = in_units(examples.query("task == @name"), metric)
         top.set_title(of_task["title"].iloc[0])
         if own["distance"].notna().any():
-            distance_panel(top, task, own, "shown", "distance")
+            distance_panel(top, task, own, "value", "distance")
             top.set(xlabel=task.distance, ylabel=metric.label)
             if metric.is_share:
                 top.yaxis.set_major_formatter("{x:.0%}")
             else:
                 top.set_yscale("log")  # errors differ by factors
-                plain_ticks(top, top.yaxis)
+                plain_ticks(top.yaxis)
         if own["effect"].notna().any():
             distance_panel(middle, task, own, "effect", task.effect_by)
             middle.set(xlabel=task.change_place, ylabel=task.effect_label)
@@ -4169,12 +4223,10 @@ def long_range_figure(runs, examples):
     return finish(figure, "By distance: score, effect of a change; gradient in training", handles)
 
 
-TASK_FIGURES = {  # task: name of a figure: (runs, examples, scores of the task) -> the figure
-    CLASSIFIER.name: {"classifier_errors": lambda runs, examples, _: errors_figure(runs, examples)},
+TASK_FIGURES = {  # task: name of a figure: (runs, examples of the task) -> the figure
+    CLASSIFIER.name: {"classifier_errors": errors_figure},
     PREDICTOR.name: {},
-    FORECASTER.name: {
-        "time_series_predictions": lambda runs, _, scores: forecasts_figure(runs, scores)
-    },
+    FORECASTER.name: {"time_series_predictions": forecasts_figure},
 }
 
 # --- the report -----------------------------------------------------------------------
@@ -4199,12 +4251,10 @@ def draw_figures(folder, figures):
         try:
             with rc_context(STYLE):
                 figure = draw()
-                if figure is None:
-                    continue
                 figure.savefig(content, format="png")
         except Exception as error:
             failed += 1
-            print(f"failed: {path.name} could not be drawn: {first_line(error)}", file=sys.stderr)
+            tell(f"failed: {path.name} could not be drawn: {first_line(error)}")
             continue
         drawn[name] = figure
         write_whole(path, content.getvalue())
@@ -4239,15 +4289,15 @@ def make_report(folder, failed=0):
     scores = scores.merge(DataFrame(reported, columns=["task", "metric"]))
     comparisons = compare(examples)
     models = runs.drop_duplicates(["task", "model"])
-    costs = models[["task", "model", *SIZES, *COST_COLUMNS]]
+    costs = models[COST_COLUMNS]
     write_table(folder, "runs", runs[RUN_COLUMNS])
     write_table(folder, "history", history)
-    write_table(folder, "summary", summarise(scores[scores["metric"].isin(CSV_METRICS)]))
+    write_table(folder, "summary", summarise(scores.query("metric in @CSV_METRICS")))
     write_table(folder, "comparisons", comparisons.drop(columns="is_clear"))
     write_table(folder, "costs", costs)
     (folder / "predictions").mkdir(exist_ok=True)
     for (task, seed), answers in examples.groupby(["task", "seed"]):
-        table = predictions_table(answers).to_csv(index=False)
+        table = for_spreadsheet(predictions_table(answers))
         # Excel takes a file without the mark for one that is not UTF-8
         write_whole(folder / "predictions" / f"{task}_seed{seed}.csv", "\ufeff" + table)
 
@@ -4262,23 +4312,23 @@ def make_report(folder, failed=0):
     }
     for name in models["task"].unique():
         task = TASKS[name]
-        own_records = [record for record in records if record["task"] == name]
-        tables = [table[table["task"] == name] for table in (examples, scores, runs, comparisons)]
-        texts.append(task_text(task, own_records, *tables, config[name]))
-        own_examples, own_scores, own_runs, own_comparisons = tables
+        baselines = [each for each in records if each["task"] == name and "facts" in each]
+        tables = [table[table["task"] == name] for table in (examples, runs, scores, comparisons)]
+        own_examples, own_runs, own_scores, own_comparisons = tables
+        texts.append(task_text(task, baselines, *tables, config[name]))
         file = config[name]["file"]
         if file:
             answers.append(answer(task, own_scores, own_runs, own_comparisons, file))
         draw = partial(training_history_figure, own_runs, history, task)
         figures[f"{name}_training_history"] = draw
         for figure, make in TASK_FIGURES[name].items():
-            figures[figure] = partial(make, own_runs, own_examples, own_scores)
+            figures[figure] = partial(make, own_runs, own_examples)
     parts = models["parts"].apply(Series).fillna(0).astype(int)
     sizes = models[["task", "model"]].join(parts).join(models["parameters"])
     environments = DataFrame(record["environment"] for record in records).map(str)
     lines = [f"- {name}: {', '.join(values.unique())}" for name, values in environments.items()]
     claims = common_claims(runs)
-    if len(claims) and not any(of_task["file"] for of_task in config.values()):
+    if len(claims):
         texts.append(f"## What is commonly said, and what was measured\n\n{markdown(claims)}")
     texts += [
         f"## Parameters\n\n{markdown(sizes)}",
@@ -4288,8 +4338,7 @@ def make_report(folder, failed=0):
     texts = [TITLE, *answers, *texts]
     write_whole(folder / "pytorch_rnn_summary.md", "\n\n".join(texts) + "\n")
     drawn, broken = draw_figures(folder, figures)
-    print(*texts, sep="\n\n")
-    print(f"\nTables, figures, records and models are in {folder.resolve()}")
+    say("\n\n".join([*texts, f"Tables, figures, records and models are in {folder.resolve()}"]))
     return Results(scores, examples, drawn, failed + broken)
 
 
@@ -4340,7 +4389,7 @@ def choose_device(name):
     if is_usable("cuda"):
         return torch.device("cuda")
     if torch.cuda.is_available():
-        print("note: CUDA is there, but a small step on it fails; the CPU is used", file=sys.stderr)
+        tell("note: CUDA is there, but a small step on it fails; the CPU is used")
     return CPU
 
 
@@ -4486,7 +4535,7 @@ def run(
         looks.extend(f"note: {doubt}" for doubt in data.doubts)
     del data  # it would outlive the cache
     make_folder(folder, experiment.tasks, config)
-    print(*looks, sep="\n", file=sys.stderr)
+    tell("\n".join(looks))
 
     # learning rates, then the runs
     failed = 0
@@ -4503,7 +4552,7 @@ def run(
         failed = draw_figures(folder, figure)[1]
         for pair in pairs:
             rate = rates.get(pair, "none, because of the failures above")
-            print(f"learning rate of {' '.join(pair)}: {rate}", file=sys.stderr)
+            tell(f"learning rate of {' '.join(pair)}: {rate}")
     runs = []
     for seed in experiment.seeds:
         runs.extend(Run(task, BASELINES, seed) for task in experiment.tasks)
@@ -4515,10 +4564,10 @@ def run(
 # --- trained models in use ------------------------------------------------------------
 
 
-def print_notes(notes):
-    """What may mislead, on stderr."""
+def tell_notes(notes):
+    """What may mislead in an input."""
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
 
 
 def read_source(source):
@@ -4530,7 +4579,7 @@ def read_source(source):
     is_file = os.path.exists(source)  # noqa: PTH110 (Path's raises if a text is too long)
     if is_file or re.search(r"(?i)\.(txt|[ct]sv|gz)$", source):  # else a typo would be words
         text, notes = read_text(source)
-        print_notes(notes)
+        tell_notes(notes)
         return text
     return source
 
@@ -4540,25 +4589,24 @@ def print_labels(model, source, options):
     text = read_source(source)
     if re.search(r"(?i)\.[ct]sv(\.gz)?$", source):
         table, _, notes = read_table(text)
-        print_notes(notes)
+        tell_notes(notes)
         text_column = options.get("text_column", "")
         header, rows = split_header(table, [*TEXT_COLUMNS, text_column.lower()])
         texts = rows[find_column(header, text_column, TEXT_COLUMNS, "text")].tolist()
         answers = DataFrame(model.predict(texts), columns=["label", "probability"]).round(4)
-        answers = answers.assign(text=texts).to_csv(index=False, na_rep="-")
-        print(answers, end="")
+        say(for_spreadsheet(answers.assign(text=texts), missing="-").rstrip("\n"))
     else:
         for label, probability in model.predict(text.splitlines() or [""]):
-            print(f"{label or '-'}\t{probability:.4f}")
+            say(f"{label or '-'}\t{probability:.4f}")
 
 
 def print_words(model, source, options):
     """The likeliest next words with their probabilities, and a continuation."""
     text = read_source(source)
     for word, probability in model.predict(text):
-        print(f"{word}\t{probability:.4f}")
-    print()
-    print(model.continue_text(text, options["length"], options["temperature"], options["seed"]))
+        say(f"{word}\t{probability:.4f}")
+    drawn = model.continue_text(text, options["length"], options["temperature"], options["seed"])
+    say(f"\n{drawn}")
 
 
 def print_values(model, source, options):
@@ -4571,10 +4619,10 @@ def print_values(model, source, options):
             f"the last values lie between {read.min():g} and {read.max():g}, far from those of "
             f"training ({low:g} to {high:g}): is it a series of that kind?"
         )
-    print_notes(notes)
-    print("step,value")
+    tell_notes(notes)
+    say("step,value")
     for step, value in enumerate(model.predict(values, options["length"]), start=1):
-        print(f"{step},{value}")
+        say(f"{step},{value}")
 
 
 CONTINUATION = {"length": 20, "temperature": 1.0, "seed": 42}  # options of --predict alone
@@ -4657,7 +4705,15 @@ def parse_args(argv=None):
         metavar=("CHECKPOINT", "INPUT"),
         help="no training: what a trained model says of a text, a file, or - (standard input)",
     )
+    argv = list(sys.argv[1:] if argv is None else argv)
+    words = []
+    if "--predict" in argv:  # the two words behind it are taken as they are: "-1,5" is no option
+        place = argv.index("--predict") + 1
+        words = argv[place : place + 2]
+        argv[place : place + 2] = ["" for _ in words]
     options = parser.parse_args(argv)
+    if words:
+        options.predict = words
     for name in CONTINUATION:
         if name in options and "predict" not in options:
             parser.error(f"--{name} goes with --predict; the seeds of training are --seeds")
@@ -4699,10 +4755,10 @@ def main(argv=None):
         for number, handler in before.items():
             signal.signal(number, handler)
     # one line, whatever the name of a file holds
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    text = printable(message).replace("\n", "\\n")
     if len(text) > 300:
         text = text[:297] + "..."
-    print(f"pytorch_rnn_models.py: {text}", file=sys.stderr)
+    tell(f"pytorch_rnn_models.py: {text}")
     return status
 
 

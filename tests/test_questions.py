@@ -196,8 +196,8 @@ def test_a_smooth_series_has_no_season_of_two_steps():
         (
             {"RNN": 0.79, "GRU": 0.8, "words": 0.7},
             {("GRU", "words"), ("RNN", "words")},
-            "GRU, RNN do not differ clearly, and the RNN (79.0 % ± 1.4) takes least time; it is "
-            "better than words (70.0 % ± 1.4).",
+            "GRU (80.0 % ± 1.4), RNN (79.0 % ± 1.4) do not differ clearly, and the RNN takes least "
+            "time; it is better than words (70.0 % ± 1.4).",
         ),
         (
             {"RNN": 0.6, "GRU": 0.8, "words": 0.9},
@@ -208,8 +208,8 @@ def test_a_smooth_series_has_no_season_of_two_steps():
         (
             {"RNN": 0.6, "GRU": 0.71, "words": 0.7},
             {("RNN", "GRU")},
-            "the GRU (71.0 % ± 1.4) is best; it is not clearly better than words (70.0 % ± 1.4): use the "
-            "latter, or more data.",
+            "the GRU (71.0 % ± 1.4) is best; it is not clearly better than words (70.0 % ± 1.4): "
+            "use the latter, or more data.",
         ),
     ],
 )

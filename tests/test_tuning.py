@@ -217,7 +217,7 @@ def test_rates_are_chosen_for_a_users_own_data_unless_told_otherwise(
     if tuned_tasks:
         assert set(table(tmp_path / "out", "tuning")["task"]) == tuned_tasks
     rates = table(tmp_path / "out", "runs").groupby("task")["learning_rate"].first()
-    expected = {task: 0.01 for task in tuned_tasks} or {"forecaster": 0.01}
+    expected = dict.fromkeys(tuned_tasks, 0.01) or {"forecaster": 0.01}
     assert {task: rates[task] for task in expected} == expected
 
 
