@@ -1824,7 +1824,7 @@ def check_archive(path):
     """Raise an error unless the file is whole, needs no more memory than its size, and holds
     nothing but weights, numbers and text.
     """
-    size = os.path.getsize(path)
+    size = Path(path).stat().st_size
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(each.compress_type for each in entries) or archive.testzip():
@@ -2847,9 +2847,12 @@ def say(text):
 
 def for_spreadsheet(table, missing=""):
     """A table as CSV in which no text is taken for a formula."""
-    words = table.select_dtypes(exclude="number")
-    plain = words.apply(lambda cells: cells.str.replace(r"^(?=[=+@-])", "'", regex=True))
-    return table.assign(**plain).to_csv(index=False, na_rep=missing)
+
+    def as_text(cell):
+        is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@"))
+        return f"'{cell}" if is_formula else cell
+
+    return table.map(as_text).to_csv(index=False, na_rep=missing)
 
 
 def write_whole(path, content):
@@ -4406,7 +4409,8 @@ def usable_cores(quota_file=Path("/sys/fs/cgroup/cpu.max")):
 
 def user_data(option, given, columns=()):
     """What a user gave for `reviews`, `corpus` or `series`: a path, or the data; InputError."""
-    if isinstance(given, os.PathLike) or (isinstance(given, str) and len(given) < 256):
+    is_name = isinstance(given, str) and (len(given) < 256 or " " not in given)
+    if is_name or isinstance(given, os.PathLike):
         path = str(given)
         # os.path, for Path's raise if a name is too long
         if not path or os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
