@@ -709,29 +709,26 @@ def best_forecasts(windows, config):
     uniform at the window's start. No forecast from the same window has a lower expected squared
     error (of the absolute one, the median has the least).
     """
-    positions = [math.lcm(*periods) for periods in config.periods]
-    waves = [torch.sin(2 * math.pi * torch.arange(n) / n) for n in positions]
-    value = waves[0][:, None] + waves[1]  # (P, Q): fast and slow positions
-    sizes = [(len(periods), n) for periods, n in zip(config.periods, positions)]
+    waves = []
+    moves = []  # of each wave, whose states are its periods and phases: P(next state | state)
+    for periods in config.periods:
+        n = math.lcm(*periods)
+        waves.append(torch.sin(2 * math.pi * torch.arange(n) / n))
+        switch = torch.full([len(periods)] * 2, config.switch_rate / (len(periods) - 1))
+        switch.fill_diagonal_(1 - config.switch_rate)
+        shifts = torch.stack([torch.eye(n).roll(n // period, dims=1) for period in periods])
+        moves.append(torch.einsum("jk,kpq->jpkq", switch, shifts).reshape(len(periods) * n, -1))
+    value = waves[0][:, None] + waves[1]  # (P, Q): fast and slow phases
+    n_periods = [len(periods) for periods in config.periods]
     forecasts = []
     for batch in torch.as_tensor(windows, dtype=torch.float32).split(64):
-        belief = torch.ones(len(batch), *sizes[0], *sizes[1])  # (B, periods, P, periods, Q)
+        belief = torch.ones(len(batch), *map(len, moves))  # (B, periods x P, periods x Q)
         for values in batch.T:
-            # what is seen
             likelihood = torch.exp(-0.5 * ((values[:, None, None] - value) / config.noise) ** 2)
-            belief *= likelihood[:, None, :, None, :]
-            belief /= belief.sum(dim=(1, 2, 3, 4), keepdim=True)
-            # the periods may switch, and the phases go on
-            for axis, periods, n in zip((1, 3), config.periods, positions):
-                others = belief.sum(dim=axis, keepdim=True) - belief
-                switched = config.switch_rate * others / (len(periods) - 1)
-                belief = (1 - config.switch_rate) * belief + switched
-                moved = [
-                    part.roll(n // period, dims=axis)
-                    for part, period in zip(belief.unbind(axis), periods)
-                ]
-                belief = torch.stack(moved, dim=axis)
-        forecasts.append((belief.sum(dim=(1, 3)) * value).sum(dim=(1, 2)))
+            belief *= likelihood.repeat(1, *n_periods)
+            belief /= belief.sum(dim=(1, 2), keepdim=True)
+            belief = moves[0].T @ belief @ moves[1]
+        forecasts.append((belief * value.repeat(n_periods)).sum(dim=(1, 2)))
     return torch.cat(forecasts).numpy()
 
 
@@ -972,8 +969,9 @@ def naive_bayes(train, validation, test, n, vocab_size):
     lowest = math.inf
     for last in (5, 10, 20, 50, sys.maxsize):
         rows, groups = word_groups(train, n, last, vocab_size)
-        counts = pd.crosstab(groups, labels[rows]).reindex(columns=range(n_labels), fill_value=0)
-        weights = np.log((counts + 1.0) / (counts + 1.0).sum())
+        # one and how often each group occurs under each label
+        counts = 1 + DataFrame(np.eye(n_labels)[labels[rows]]).groupby(groups).sum()
+        weights = np.log(counts / counts.sum())
         log_odds = []
         for dataset in (validation, test):
             rows, groups = word_groups(dataset, n, last, vocab_size)
@@ -1044,14 +1042,16 @@ def log_linear(train, validation, test, vocab_size, batch_size=256, epochs=60, p
     """
     window = train.inputs.shape[1]
     n_words = max(2, min(vocab_size, MOST_WEIGHTS // (window * vocab_size)))
-    places = n_words * torch.arange(window)
+
+    def features(inputs):  # which word, at which place
+        return torch.where(inputs < n_words, inputs, 1) + n_words * torch.arange(window)
 
     @torch.no_grad()
     def answers(model, dataset):
         parts = []
         for rows in torch.arange(len(dataset)).split(2048):
             inputs, targets = dataset.batch(rows)
-            logits = model(torch.where(inputs < n_words, inputs, 1) + places)
+            logits = model(features(inputs))
             parts.append(label_answers(logits.numpy(), targets.numpy(), first=2))
         return pd.concat(parts, ignore_index=True)
 
@@ -1064,11 +1064,11 @@ def log_linear(train, validation, test, vocab_size, batch_size=256, epochs=60, p
         losses = []
         for _ in range(epochs):
             order = torch.randperm(len(train), generator=generator)[:MOST_WINDOWS]
-            for rows in order.split(batch_size):
-                inputs, targets = train.batch(rows)
-                logits = model(torch.where(inputs < n_words, inputs, 1) + places)
+            inputs, targets = train.batch(order)
+            batches = zip(features(inputs).split(batch_size), targets.split(batch_size))
+            for words, following in batches:
                 optimizer.zero_grad()
-                F.cross_entropy(logits, targets).backward()
+                F.cross_entropy(model(words), following).backward()
                 optimizer.step()
             losses.append(answers(model, validation)["loss"].mean())
             if losses[-1] < lowest:
