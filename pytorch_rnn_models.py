@@ -456,6 +456,9 @@ def generate_reviews(config, rng):
     owner = np.repeat(np.arange(n_reviews), n_phrases)  # (n,): the review of each phrase
     ends = n_phrases.cumsum()
 
+    def draw(words):  # one for each phrase; as objects they can be joined by +
+        return rng.choice(words, n).astype(object)
+
     # the place of the opinion that counts; counted from the end, 1 is the last phrase
     back = (n_phrases ** rng.random(n_reviews)).astype(int)
     last = ends - np.where(rng.random(n_reviews) < config.concluding_rate, 1, back)
@@ -466,25 +469,22 @@ def generate_reviews(config, rng):
     # an opinion for each phrase: random, but for those that count
     favourable = rng.random(n) < 0.5
     favourable[last] = (rng.random(n_reviews) < config.reliability) == (labels == 1)
-    speakers = np.where(is_own, "I", rng.choice(OTHERS, n)).astype(object)
-    opinions = speakers + " " + rng.choice(JUDGED, n) + " " + rng.choice(ASPECTS, n) + " "
-    praise = opinions + rng.choice(POSITIVE, n)
-    blame = opinions + rng.choice(NEGATIVE, n)
+    speakers = np.where(is_own, "I", draw(OTHERS))
+    opinions = speakers + " " + draw(JUDGED) + " " + draw(ASPECTS) + " "
+    praise = opinions + draw(POSITIVE)
+    blame = opinions + draw(NEGATIVE)
 
     # an aside for each phrase
     is_named = rng.random(n) < config.name_rate
-    shape = (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS))
-    # a log-uniform rank is Zipf-distributed
-    rank = (math.prod(shape) ** rng.random(n)).astype(int) - 1
-    # a prime: neighbours in rank do not look alike
-    parts = np.unravel_index(rank * 7919 % math.prod(shape), shape)
     surnames = [
-        NAME_HEADS[head] + NAME_MIDDLES[middle] + NAME_TAILS[tail]
-        for tail, middle, head in zip(*parts)
+        head + middle + tail for tail, middle, head in product(NAME_TAILS, NAME_MIDDLES, NAME_HEADS)
     ]
-    characters = np.where(is_named, surnames, rng.choice(CHARACTERS, n))
-    asides = rng.choice(CONJUNCTIONS, n).astype(object) + " " + characters
-    asides += " " + rng.choice(VERBS, n)
+    # a log-uniform rank is Zipf-distributed
+    rank = (len(surnames) ** rng.random(n)).astype(int) - 1
+    # a prime: neighbours in rank do not look alike
+    named = np.take(surnames, rank * 7919 % len(surnames))
+    characters = np.where(is_named, named, draw(CHARACTERS))
+    asides = draw(CONJUNCTIONS) + " " + characters + " " + draw(VERBS)
 
     # sentences of a few phrases: the tokenizer takes their ends out again
     marks = np.where(rng.random(n) < 0.4, ". ", ", ")
@@ -556,9 +556,15 @@ class Subject(NamedTuple):
     """A noun, with what it goes with."""
 
     area: str
-    verbs: list  # that agree with it in number
-    objects: list
-    rank: int  # of its favourite verb and object
+    verbs: list  # that agree with it in number, its favourite first
+    objects: list  # its favourite first
+    other: str  # a noun of the same area and number, which has other favourites
+
+
+def favourite_first(words, rank):
+    """`words` with the one at place `rank`, counted round and round, in front."""
+    favourite = words[rank % len(words)]
+    return [favourite, *(word for word in words if word != favourite)]
 
 
 def corpus_subjects():
@@ -569,7 +575,12 @@ def corpus_subjects():
         plural_verbs = [verb.removesuffix("s") for verb in verbs]
         for ending, forms in (("", verbs), ("s", plural_verbs)):
             for rank, noun in enumerate(nouns):
-                subjects[noun + ending] = Subject(area, forms, objects, rank)
+                subjects[noun + ending] = Subject(
+                    area,
+                    favourite_first(forms, rank),
+                    favourite_first(objects, rank),
+                    other=nouns[(rank + 2) % len(nouns)] + ending,
+                )
     return subjects
 
 
@@ -578,10 +589,9 @@ def even(words, share=1.0):
     return dict.fromkeys(words, share / len(words))
 
 
-def peaked(words, favourite, rate, share=1.0):
-    """`share` spread over `words`: `rate` of it to the favourite, the rest evenly."""
-    others = [word for i, word in enumerate(words) if i != favourite]
-    return {words[favourite]: share * rate, **even(others, share * (1 - rate))}
+def peaked(words, rate, share=1.0):
+    """`share` spread over `words`: `rate` of it to the first, the rest evenly."""
+    return {words[0]: share * rate, **even(words[1:], share * (1 - rate))}
 
 
 def generate_corpus(config, rng):
@@ -599,6 +609,7 @@ def generate_corpus(config, rng):
     have come instead, `role` and `distance`, the words back to its subject. With `other_subject`
     in its place `other_word` would be the favourite, more probable by `effect`.
     """
+    rate = config.favourite_rate
     subjects = corpus_subjects()
     rows = []
 
@@ -616,19 +627,15 @@ def generate_corpus(config, rng):
         )
         return word
 
-    nouns = list(subjects)
-
-    def mark(role, subject_at):
-        place = nouns.index(rows[subject_at]["word"])
-        # of the same area and number, five nouns each; it has another favourite verb and object
-        other = nouns[place // 5 * 5 + (place + 2) % 5]
-        words = subjects[other].verbs if role == "verb" else subjects[other].objects
-        rate = config.favourite_rate
-        rows[-1]["role"] = role
-        rows[-1]["distance"] = len(rows) - 1 - subject_at
-        rows[-1]["other_subject"] = other
-        rows[-1]["other_word"] = words[subjects[other].rank % len(words)]
-        rows[-1]["effect"] = rate - (1 - rate) / (len(words) - 1)
+    # the word last drawn follows a subject, in place of which another could stand
+    def mark(role, subject_at, other, other_words):
+        rows[-1].update(
+            role=role,
+            distance=len(rows) - 1 - subject_at,
+            other_subject=other,
+            other_word=other_words[0],
+            effect=rate - (1 - rate) / (len(other_words) - 1),
+        )
 
     while len(rows) < config.n_words:
         draw({"the": 1.0})
@@ -640,10 +647,9 @@ def generate_corpus(config, rng):
         phrases = 0
         while word not in subject.verbs:
             verb_share = 1.0 if word in ADVERBS else VERB_SHARES[phrases]
-            favourite = subject.rank % len(subject.verbs)
             word = draw(
                 {
-                    **peaked(subject.verbs, favourite, config.favourite_rate, verb_share),
+                    **peaked(subject.verbs, rate, verb_share),
                     **even(PREPOSITIONS, 0.85 * (1 - verb_share)),
                     **even(ADVERBS, 0.15 * (1 - verb_share)),
                 }
@@ -653,10 +659,10 @@ def generate_corpus(config, rng):
                 draw(even(intruders))
                 phrases += 1
         if verb_share == 1:  # else the likeliest word may be a preposition, whatever is remembered
-            mark("verb", subject_at)
+            mark("verb", subject_at, subject.other, subjects[subject.other].verbs)
         draw({"the": 1.0})
-        draw(peaked(subject.objects, subject.rank, config.favourite_rate))
-        mark("object", subject_at)
+        draw(peaked(subject.objects, rate))
+        mark("object", subject_at, subject.other, subjects[subject.other].objects)
         if draw({".": 0.6, **even(TAILS, 0.4)}) != ".":
             draw({".": 1.0})
     return DataFrame(rows)
@@ -689,15 +695,13 @@ def generate_series(config, rng):
     steps to be seen than the fast one. The grid of phases lets the best forecast be computed
     exactly: `best_forecasts`.
     """
-    waves = []
-    switches = []
-    for periods in config.periods:
-        wave, switched = generate_wave(periods, config.switch_rate, config.n_steps, rng)
-        waves.append(wave)
-        switches.append(switched)
-    steps = np.arange(config.n_steps)
-    last_switch = np.maximum.accumulate(np.where(np.logical_or(*switches), steps, 0))
-    values = sum(waves) + rng.normal(0, config.noise, config.n_steps)
+    n = config.n_steps
+    (fast, fast_switches), (slow, slow_switches) = (
+        generate_wave(periods, config.switch_rate, n, rng) for periods in config.periods
+    )
+    values = fast + slow + rng.normal(0, config.noise, n)
+    steps = np.arange(n)
+    last_switch = np.maximum.accumulate(np.where(fast_switches | slow_switches, steps, 0))
     return DataFrame({"value": values, "distance": steps - last_switch})
 
 
@@ -714,18 +718,19 @@ def best_forecasts(windows, config):
     for periods in config.periods:
         n = math.lcm(*periods)
         waves.append(torch.sin(2 * math.pi * torch.arange(n) / n))
-        switch = torch.full([len(periods)] * 2, config.switch_rate / (len(periods) - 1))
-        switch.fill_diagonal_(1 - config.switch_rate)
-        shifts = torch.stack([torch.eye(n).roll(n // period, dims=1) for period in periods])
-        moves.append(torch.einsum("jk,kpq->jpkq", switch, shifts).reshape(len(periods) * n, -1))
+        # the period may switch, and the phase goes on
+        stays = torch.eye(len(periods)) == 1
+        switch = torch.where(stays, 1 - config.switch_rate, config.switch_rate / (len(periods) - 1))
+        shifts = [torch.eye(n).roll(n // period, dims=1) for period in periods]
+        moves.append(torch.kron(switch, torch.eye(n)) @ torch.block_diag(*shifts))
     value = waves[0][:, None] + waves[1]  # (P, Q): fast and slow phases
     n_periods = [len(periods) for periods in config.periods]
     forecasts = []
     for batch in torch.as_tensor(windows, dtype=torch.float32).split(64):
-        belief = torch.ones(len(batch), *map(len, moves))  # (B, periods x P, periods x Q)
+        belief = 1.0  # the same for all states
         for values in batch.T:
             likelihood = torch.exp(-0.5 * ((values[:, None, None] - value) / config.noise) ** 2)
-            belief *= likelihood.repeat(1, *n_periods)
+            belief = belief * likelihood.repeat(1, *n_periods)  # (B, periods x P, periods x Q)
             belief /= belief.sum(dim=(1, 2), keepdim=True)
             belief = moves[0].T @ belief @ moves[1]
         forecasts.append((belief * value.repeat(n_periods)).sum(dim=(1, 2)))
