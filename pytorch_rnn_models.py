@@ -922,8 +922,9 @@ def label_answers(logits, labels, first=0):
 
     Ids below `first` are no answers.
     """
-    log_probabilities = torch.as_tensor(logits).log_softmax(dim=1).numpy()
-    answer = logits[:, first:].argmax(axis=1) + first
+    logits = torch.as_tensor(logits)
+    answer = logits[:, first:].argmax(dim=1).numpy() + first
+    log_probabilities = logits.log_softmax(dim=1).numpy()
     rows = np.arange(len(labels))
     return Answers(
         {
@@ -933,6 +934,16 @@ def label_answers(logits, labels, first=0):
             "score": (answer == labels).astype(float),
         }
     )
+
+
+@torch.no_grad()
+def word_answers(predict, dataset):
+    """Who answers with `predict(inputs)`, logits (B, V), to the windows of `dataset`."""
+    parts = []
+    for rows in torch.arange(len(dataset)).split(2048):  # all at once would fill the memory
+        inputs, targets = dataset.batch(rows)
+        parts.append(label_answers(predict(inputs), targets.numpy(), first=2))
+    return pd.concat(parts, ignore_index=True)
 
 
 def value_answers(forecasts, test):
@@ -1003,43 +1014,33 @@ def review_baselines(train, validation, test, vocab_size):
     }
 
 
-class NGram:
-    """Interpolated n-gram model that backs off by Witten-Bell smoothing (Chen & Goodman 1999, eq.
-    15).
+def ngram_model(ids, contexts, vocab_size):
+    """Interpolated trigrams that back off by Witten-Bell smoothing (Chen & Goodman 1999, eq. 15).
 
-    Contexts are tuples of the last n words, n below `order`. Only the `contexts` that will be asked
-    about and the shorter ones in them are counted: all those of a long text would fill the memory.
+    Returns a function: context -> P(word | context) of each word (V,). Contexts are tuples of up
+    to two words. Only `contexts` and the shorter ones in them are counted: all those of a long
+    text would fill the memory.
     """
+    followers = {context[i:]: Counter() for context in contexts for i in range(len(context) + 1)}
+    for n in range(3):
+        for *context, word in zip(*(ids[i:] for i in range(n + 1))):
+            if tuple(context) in followers:
+                followers[tuple(context)][word] += 1
 
-    def __init__(self, ids, order, vocab_size, contexts):
-        self.vocab_size = vocab_size
-        self.followers = {
-            context[i:]: Counter() for context in contexts for i in range(len(context) + 1)
-        }
-        for n in range(order):
-            for *context, word in zip(*(ids[i:] for i in range(n + 1))):
-                if tuple(context) in self.followers:
-                    self.followers[tuple(context)][word] += 1
-        self.likeliest = {}
-        for context in sorted(self.followers, key=len):
-            candidates = set(self.followers[context])  # and the likeliest after a shorter context
-            if context:
-                candidates.add(self.likeliest[context[1:]])
-            candidates.discard(1)  # <unk> is no answer
-            self.likeliest[context] = max(
-                candidates, key=lambda word: (self.probability(context, word), -word)
-            )
-
-    def probability(self, context, word):
-        """P(word | context), which mixes every order down to the uniform distribution."""
-        lower = self.probability(context[1:], word) if context else 1 / self.vocab_size
-        counts = self.followers[context]
-        if not counts:
+    @lru_cache(maxsize=1000)
+    def probabilities(context):
+        # every order is mixed with the lower ones, down to the uniform distribution
+        lower = probabilities(context[1:]) if context else np.full(vocab_size, 1 / vocab_size)
+        seen = followers[context]
+        if not seen:
             return lower
-        return (counts[word] + len(counts) * lower) / (counts.total() + len(counts))
+        counts = np.bincount(list(seen), list(seen.values()), vocab_size)
+        return (counts + len(seen) * lower) / (seen.total() + len(seen))
+
+    return probabilities
 
 
-def log_linear(train, validation, test, vocab_size, batch_size=256, epochs=60, patience=3):
+def log_linear(train, validation, test, vocab_size):
     """Softmax regression of the next word on the words of the window by position; no hidden layer.
 
     Ridge penalty and number of epochs are chosen by the loss on `validation`. Rarer words than the
@@ -1048,17 +1049,9 @@ def log_linear(train, validation, test, vocab_size, batch_size=256, epochs=60, p
     window = train.inputs.shape[1]
     n_words = max(2, min(vocab_size, MOST_WEIGHTS // (window * vocab_size)))
 
-    def features(inputs):  # which word, at which place
-        return torch.where(inputs < n_words, inputs, 1) + n_words * torch.arange(window)
-
-    @torch.no_grad()
-    def answers(model, dataset):
-        parts = []
-        for rows in torch.arange(len(dataset)).split(2048):
-            inputs, targets = dataset.batch(rows)
-            logits = model(features(inputs))
-            parts.append(label_answers(logits.numpy(), targets.numpy(), first=2))
-        return pd.concat(parts, ignore_index=True)
+    def logits(model, inputs):
+        known = torch.where(inputs < n_words, inputs, 1)
+        return model(known + n_words * torch.arange(window))  # which word, at which place
 
     lowest = math.inf
     for penalty in (3e-5, 1e-4, 3e-4):
@@ -1067,43 +1060,38 @@ def log_linear(train, validation, test, vocab_size, batch_size=256, epochs=60, p
         optimizer = optim.Adam(model.parameters(), lr=0.01, weight_decay=penalty, fused=True)
         generator = torch.Generator().manual_seed(0)
         losses = []
-        for _ in range(epochs):
+        for _ in range(60):
             order = torch.randperm(len(train), generator=generator)[:MOST_WINDOWS]
             inputs, targets = train.batch(order)
-            batches = zip(features(inputs).split(batch_size), targets.split(batch_size))
-            for words, following in batches:
+            for words, following in zip(inputs.split(256), targets.split(256)):
                 optimizer.zero_grad()
-                F.cross_entropy(model(words), following).backward()
+                F.cross_entropy(logits(model, words), following).backward()
                 optimizer.step()
-            losses.append(answers(model, validation)["loss"].mean())
+            answers = word_answers(partial(logits, model), validation)
+            losses.append(answers["loss"].mean())
             if losses[-1] < lowest:
                 lowest = losses[-1]
                 best = copy.deepcopy(model)
-            if min(losses) < min(losses[-patience:]):
+            if min(losses) < min(losses[-3:]):  # three epochs were no better
                 break
-    return answers(best, test)
+    return word_answers(partial(logits, best), test)
 
 
 def corpus_baselines(train, validation, test, vocab_size):
     """Unigram, bigram and trigram on the windows of `test`, and the log-linear model."""
     train, validation, test = on_cpu(train, validation, test)
-    last_two = [tuple(words) for words in test.inputs[:, -2:].tolist()]
     ids = [*train.inputs[0].tolist(), *train.targets.tolist()]  # the text
-    model = NGram(ids, 3, vocab_size, set(last_two))
-    targets = test.targets.tolist()
-    baselines = {}
-    for n, name in enumerate(("unigram", "bigram", "trigram")):
-        contexts = [words[len(words) - n :] for words in last_two]
-        likeliest = [model.likeliest[context] for context in contexts]
-        of_target = [model.probability(*pair) for pair in zip(contexts, targets)]
-        baselines[name] = Answers(
-            {
-                "answer": likeliest,
-                "probability": [model.probability(*pair) for pair in zip(contexts, likeliest)],
-                "loss": [-math.log(probability) for probability in of_target],
-                "score": np.equal(likeliest, targets).astype(float),
-            }
-        )
+    last_two = {tuple(words) for words in test.inputs[:, -2:].tolist()}
+    probabilities = ngram_model(ids, last_two, vocab_size)
+
+    def ngram(inputs, n):
+        contexts = [tuple(words[len(words) - n :]) for words in inputs.tolist()]
+        return np.log([probabilities(context) for context in contexts])
+
+    baselines = {
+        name: word_answers(partial(ngram, n=n), test)
+        for n, name in enumerate(("unigram", "bigram", "trigram"))
+    }
     baselines["log-linear"] = log_linear(train, validation, test, vocab_size)
     return baselines
 
@@ -1116,17 +1104,16 @@ def season_of(windows):
     both neighbours and rises by 0.2 above what came before: a smooth or a random series has none.
     High: within 0.05 of the highest.
     """
-    rows = windows.inputs[:, :, 0].cpu().numpy()
-    means = rows.mean(axis=1)
-    targets = windows.targets[:, 0].cpu().numpy() - means
-    if np.ptp(targets) < 1e-5 * np.abs(targets).max():  # a straight line, but for rounding
+    rows = windows.inputs[:, :, 0].cpu()
+    means = rows.mean(dim=1, keepdim=True)
+    targets = windows.targets.cpu() - means
+    # a straight line, but for rounding
+    if targets.max() - targets.min() < 1e-5 * targets.abs().max():
         return None
-    lagged = [rows[:, -lag] - means for lag in range(1, rows.shape[1] + 1)]
-    with np.errstate(divide="ignore", invalid="ignore"):  # a stretch may be constant
-        r = [np.corrcoef(values, targets)[0, 1] for values in lagged]
-        # one lag more, to compare
-        beyond = np.corrcoef(rows[:-1, 0] - means[1:], targets[1:])[0, 1]
-    r = np.nan_to_num([*r, beyond], nan=-1.0)
+    lagged = torch.hstack([targets, rows.flip(1) - means])
+    beyond = torch.hstack([targets[1:], rows[:-1, :1] - means[1:]])  # one lag more, to compare
+    r = torch.hstack([torch.corrcoef(part.T.double())[0, 1:] for part in (lagged, beyond)])
+    r = r.nan_to_num(-1.0)  # a stretch may be constant
     peaks = [i for i in range(1, len(r) - 1) if r[i] > max(r[i - 1], r[i + 1], r[:i].min() + 0.2)]
     high = [i for i in peaks if r[i] > r[peaks].max() - 0.05]
     return high[0] + 1 if high else None
@@ -1139,15 +1126,14 @@ def nearest_neighbours(train, windows, length, most):
     mean of n neighbours.
     """
     ends = train.inputs[:, -length:, 0]
-    levels = ends.mean(dim=1)
-    rises = train.targets[:, 0] - levels
+    rises = train.targets[:, 0] - ends.mean(dim=1)
+    shapes = centred(ends)
     forecasts = []
     for batch in windows[:, -length:, 0].split(256):
-        level = batch.mean(dim=1)
-        distances = torch.cdist(batch - level[:, None], ends - levels[:, None])
+        distances = torch.cdist(centred(batch), shapes)
         nearest = distances.topk(most, largest=False).indices  # (B, most)
         means = rises[nearest].cumsum(dim=1) / torch.arange(1, most + 1)
-        forecasts.append(level + means.T)
+        forecasts.append(batch.mean(dim=1) + means.T)
     return torch.cat(forecasts, dim=1)
 
 
@@ -1160,14 +1146,13 @@ def best_neighbours(train, validation, test):
     most = min(64, len(train))
     step = math.ceil(len(validation) / 500)
     targets = validation.targets[::step, 0]
-    window = train.inputs.shape[1]
     found = {}
-    for length in (*(n for n in (2, 4, 6, 8, 12, 16, 24, 32) if n < window), window):
+    for length in (2, 4, 6, 8, 12, 16, 24, 32, train.inputs.shape[1]):  # no window is longer
         forecasts = nearest_neighbours(train, validation.inputs[::step], length, most)
         errors = (forecasts - targets).square().mean(dim=1)  # (most,)
-        found[length] = errors.min().item(), errors.argmin().item()
+        found[length] = errors.min(dim=0)
     length = min(found, key=found.get)
-    return nearest_neighbours(train, test.inputs, length, most)[found[length][1]]
+    return nearest_neighbours(train, test.inputs, length, most)[found[length].indices]
 
 
 def series_baselines(train, validation, test):
