@@ -1206,8 +1206,7 @@ class Recurrent(nn.Module):
             input_dim, hidden_dim, n_layers, batch_first=True, dropout=between_layers
         )
         for name, weight in self.rnn.named_parameters():
-            gates = weight.detach().split(hidden_dim)  # views: to fill them is to fill the weight
-            for gate in gates:
+            for gate in weight.detach().split(hidden_dim):  # views: this fills the weight
                 if name.startswith("weight_hh"):
                     (cell.start or start)(gate)
                 elif name.startswith("weight_ih"):
@@ -1230,6 +1229,10 @@ class SequenceModel(nn.Module):
     preprocessing: Mapping = {}  # of a trained model: turns words or values into inputs, and back
     metrics: Mapping = {}  # of a trained model, on the test split
     sample: str | Sequence = "the"  # that can be predicted from
+
+    def forward(self, inputs, last=None):
+        state = self.recurrent(inputs, last)  # (B, T, F) -> (B, H)
+        return self.head(self.dropout(state))
 
     def check_preprocessing(self):
         """Raise an error unless the model can predict with its `preprocessing`."""
@@ -1296,10 +1299,8 @@ class Classifier(SequenceModel):
 
     def forward(self, ids):
         # padding comes after the last word, so its states are never read
-        places = torch.arange(ids.shape[1], device=ids.device)
-        last = torch.where(ids != 0, places, 0).amax(dim=1)  # (B, T) -> (B,)
-        state = self.recurrent(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, H)
-        return self.head(self.dropout(state))  # (B, H) -> (B, output_dim)
+        last = (ids != 0).sum(dim=1) - 1  # (B, T) -> (B,)
+        return super().forward(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, output_dim)
 
     def check_preprocessing(self):
         labels = self.preprocessing["labels"]
@@ -1322,12 +1323,12 @@ class Classifier(SequenceModel):
         reviews = [encode(tokenize(text, WORDS)[-most:], self.vocabulary) for text in texts]
         predictions = [(None, math.nan)] * len(reviews)
         rows = [i for i in np.argsort([len(review) for review in reviews]) if reviews[i]]
-        for batch in (rows[start : start + 256] for start in range(0, len(rows), 256)):
+        for start in range(0, len(rows), 256):
+            batch = rows[start : start + 256]
             ids = ReviewDataset([reviews[i] for i in batch], [0] * len(batch), self.device).inputs
-            probabilities = label_probabilities(self(ids))  # (B, K)
-            for i, of_labels in zip(batch, probabilities.tolist()):
-                pairs = zip(self.preprocessing["labels"], of_labels, strict=True)
-                predictions[i] = max(pairs, key=lambda pair: pair[1])
+            values, labels = label_probabilities(self(ids)).max(dim=1)  # (B, K) -> (B,)
+            for i, label, probability in zip(batch, labels.tolist(), values.tolist()):
+                predictions[i] = (self.preprocessing["labels"][label], probability)
         return predictions
 
 
@@ -1344,8 +1345,7 @@ class Predictor(SequenceModel):
         self.head = nn.Linear(hidden_dim, vocab_size)
 
     def forward(self, ids):
-        state = self.recurrent(self.embedding(ids))  # (B, T) -> (B, T, E) -> (B, H)
-        return self.head(self.dropout(state))  # (B, H) -> (B, V)
+        return super().forward(self.embedding(ids))  # (B, T) -> (B, T, E) -> (B, V)
 
     @torch.no_grad()
     def next_logits(self, words):
@@ -1363,9 +1363,8 @@ class Predictor(SequenceModel):
         """The `n` likeliest next words with their probabilities among all known words."""
         words = list(self.vocabulary)
         probabilities = self.next_logits(tokenize(text, WORDS_AND_ENDS)).softmax(dim=0)
-        likeliest = probabilities.topk(min(n, len(words) - 2))
-        pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist())
-        return [(words[i], probability) for i, probability in pairs]
+        values, ids = probabilities.topk(min(n, len(words) - 2))
+        return [(words[i], probability) for i, probability in zip(ids.tolist(), values.tolist())]
 
     def continue_text(self, text, length=20, temperature=1.0, seed=42):
         """The next `length` words, drawn from the model's probabilities to the power 1 /
@@ -1401,10 +1400,6 @@ class Forecaster(SequenceModel):
         self.head = nn.Sequential(
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, output_dim)
         )
-
-    def forward(self, values):
-        state = self.recurrent(values)  # (B, T, F) -> (B, H)
-        return self.head(self.dropout(state))  # (B, H) -> (B, output_dim)
 
     def check_preprocessing(self):
         scaler = self.preprocessing["scaler"]
@@ -1527,10 +1522,10 @@ def checkpoint_bytes(model, arguments):
     """A trained model and its constructor arguments as a file: tensors, numbers, text, no code."""
     checkpoint = {
         "class": type(model).__name__,
-        "arguments": dict(arguments),
+        "arguments": arguments,
         "weights": {name: weight.cpu() for name, weight in model.state_dict().items()},
-        "preprocessing": dict(model.preprocessing),
-        "metrics": dict(model.metrics),
+        "preprocessing": model.preprocessing,
+        "metrics": model.metrics,
     }
     content = io.BytesIO()
     torch.save(checkpoint, content)
@@ -1597,8 +1592,10 @@ def count_parameters(model):
     """Trainable parameters of each part of the model that has any: embedding, recurrent, head."""
     counts = {}
     for name, part in model.named_children():
-        counts[name] = sum(weight.numel() for weight in part.parameters())
-    return {name: count for name, count in counts.items() if count}
+        count = sum(weight.numel() for weight in part.parameters())
+        if count:
+            counts[name] = count
+    return counts
 
 
 @torch.no_grad()
@@ -2211,8 +2208,7 @@ def train_step(model, task, optimizer, batch, training):
     optimizer.zero_grad(set_to_none=True)
     losses = []
     scores = []
-    chunks = [part.chunk(training.accumulate_steps) for part in batch]
-    for inputs, targets in zip(*chunks):
+    for inputs, targets in zip(*(part.chunk(training.accumulate_steps) for part in batch)):
         output = model(inputs)
         loss = task.loss(output, targets)  # (b,), each of which counts one B-th
         loss.backward(torch.full_like(loss, 1 / len(batch[0])))
@@ -2227,8 +2223,7 @@ def train_step(model, task, optimizer, batch, training):
 def train_epoch(model, task, optimizer, loader, training):
     """One pass over the data; returns the means of what `train_step` returns."""
     model.train()
-    device = next(model.parameters()).device
-    means = torch.zeros(4, device=device)  # one transfer an epoch, not a step
+    means = torch.zeros(4, device=model.device)  # one transfer an epoch, not a step
     seen = 0
     for batch in loader:
         seen += len(batch[1])
@@ -2273,7 +2268,6 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)
     history = []
     losses = []
-    best_weights = {}
     for epoch in range(1, training.epochs + 1):
         start = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
@@ -2297,9 +2291,10 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
         }
         history.append(row)
         on_epoch(row)
-        if epochs_since_best(losses) == 0:  # copies: the state's own tensors go on changing
-            best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-        if epochs_since_best(losses) >= training.patience:
+        waited = epochs_since_best(losses)
+        if waited == 0:  # a copy: the state's own tensors go on changing
+            best_weights = copy.deepcopy(model.state_dict())
+        if waited >= training.patience:
             break
         plateau.step(losses[-1])
     model.load_state_dict(best_weights)
@@ -2322,57 +2317,57 @@ def activation_bytes(model, task, batch):
         return tensor.detach()  # the tensor itself would keep its own graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        task.loss(model(batch[0]), batch[1]).mean()
+        task.loss(model(batch[0]), batch[1])
     return sum(size for storage, size in kept.items() if storage not in weights)
 
 
 def kernel_name(model, inputs):
     """Which implementation of the recurrent layer runs: a library's, or PyTorch's generic one."""
     # of the nodes of the backward graph, which are called after the operators that ran
-    names = set()
+    names = ""
     waiting = {model(inputs[:2, :2]).grad_fn}
     while waiting:
         node = waiting.pop()
-        names.add(node.name())
+        names += node.name()
         waiting.update(parent for parent, _ in node.next_functions if parent)
     kernels = {"CudnnRnn": "cuDNN", "MkldnnRnn": "oneDNN", "Miopen": "MIOpen", "Mps": "MPS"}
     for operator, kernel in kernels.items():
-        if any(operator in name for name in names):
+        if operator in names:
             return kernel
     return "generic"
 
 
-def measure_costs(task, models, training, data, steps=2, rounds=2):
+def measure_costs(task, models, training, data):
     """What a training step of each model costs, by its name.
 
-    The models take turns on the same `steps` full batches, from short to long examples: once to
-    warm up, then `rounds` times, of which the median counts. Activations are those of a full batch
+    The models take turns on the same two full batches, of shorter and of longer examples: once to
+    warm up, then twice, of which the mean counts. Activations are those of a full batch
     of the longest examples that may occur.
     """
-    lengths = data.train.lengths
     size = min(training.batch_size, len(data.train))
+    lengths = data.train.lengths
     buckets = LengthBuckets(lengths, size, random_generator(0, "costs"))
     full = [rows for rows in buckets if len(rows) == size]
     full.sort(key=lambda rows: lengths[rows].max())
-    batches = [data.train.batch(full[int((i + 0.5) / steps * len(full))]) for i in range(steps)]
+    batches = [data.train.batch(full[quarter * len(full) // 4]) for quarter in (1, 3)]
     seconds = {name: [] for name in models}
-    for _ in range(1 + rounds):
+    for _ in range(3):
         for name, model in models.items():
             optimizer = new_optimizer(model, training, learning_rate=1e-3)
             start = time.perf_counter()
             train_epoch(model, task, optimizer, batches, training)
-            seconds[name].append((time.perf_counter() - start) / steps)
+            seconds[name].append((time.perf_counter() - start) / len(batches))
     length = data.preprocessing.get("max_words") or data.preprocessing["window"]
     longest = data.train.inputs.new_ones(size, length, *data.train.inputs.shape[2:])
     costs = {}
     for name, model in models.items():
-        median = np.median(seconds[name][1:])
+        step = np.mean(seconds[name][1:])
         costs[name] = {
             "kernel": kernel_name(model, batches[0][0]),
             "activation_bytes": activation_bytes(model, task, (longest, data.train.targets[:size])),
-            "ms_per_step": round(1000 * median, 2),
-            "samples_per_second": round(size / median),
-            "seconds_per_epoch": median * math.ceil(len(data.train) / size),
+            "ms_per_step": round(1000 * step, 2),
+            "samples_per_second": round(size / step),
+            "seconds_per_epoch": step * math.ceil(len(data.train) / size),
         }
     return costs
 
