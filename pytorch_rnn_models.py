@@ -248,7 +248,7 @@ QUICK: Config = {
     "forecaster": ForecasterConfig(n_steps=1100, hidden_dim=16, training=BRIEF),
 }
 DEFAULT_SEEDS = (42, 43, 44)
-# the middle four are the grid of --tune, the others are tried where the best is at its edge
+# the middle three are the grid of --tune, the others are tried where the best is at its edge
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 # ======================================================================================
@@ -499,6 +499,9 @@ def generate_reviews(config, rng):
     owner = np.repeat(np.arange(n_reviews), n_phrases)  # (n,): the review of each phrase
     ends = n_phrases.cumsum()
 
+    def draw(words):  # one for each phrase; as objects they can be joined by +
+        return rng.choice(words, n).astype(object)
+
     # the place of the opinion that counts; counted from the end, 1 is the last phrase
     back = (n_phrases ** rng.random(n_reviews)).astype(int)
     last = ends - np.where(rng.random(n_reviews) < config.concluding_rate, 1, back)
@@ -509,25 +512,22 @@ def generate_reviews(config, rng):
     # an opinion for each phrase: random, but for those that count
     favourable = rng.random(n) < 0.5
     favourable[last] = (rng.random(n_reviews) < config.reliability) == (labels == 1)
-    speakers = np.where(is_own, "I", rng.choice(OTHERS, n)).astype(object)
-    opinions = speakers + " " + rng.choice(JUDGED, n) + " " + rng.choice(ASPECTS, n) + " "
-    praise = opinions + rng.choice(POSITIVE, n)
-    blame = opinions + rng.choice(NEGATIVE, n)
+    speakers = np.where(is_own, "I", draw(OTHERS))
+    opinions = speakers + " " + draw(JUDGED) + " " + draw(ASPECTS) + " "
+    praise = opinions + draw(POSITIVE)
+    blame = opinions + draw(NEGATIVE)
 
     # an aside for each phrase
     is_named = rng.random(n) < config.name_rate
-    shape = (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS))
-    # a log-uniform rank is Zipf-distributed
-    rank = (math.prod(shape) ** rng.random(n)).astype(int) - 1
-    # a prime: neighbours in rank do not look alike
-    parts = np.unravel_index(rank * 7919 % math.prod(shape), shape)
     surnames = [
-        NAME_HEADS[head] + NAME_MIDDLES[middle] + NAME_TAILS[tail]
-        for tail, middle, head in zip(*parts)
+        head + middle + tail for tail, middle, head in product(NAME_TAILS, NAME_MIDDLES, NAME_HEADS)
     ]
-    characters = np.where(is_named, surnames, rng.choice(CHARACTERS, n))
-    asides = rng.choice(CONJUNCTIONS, n).astype(object) + " " + characters
-    asides += " " + rng.choice(VERBS, n)
+    # a log-uniform rank is Zipf-distributed
+    rank = (len(surnames) ** rng.random(n)).astype(int) - 1
+    # a prime: neighbours in rank do not look alike
+    named = np.take(surnames, rank * 7919 % len(surnames))
+    characters = np.where(is_named, named, draw(CHARACTERS))
+    asides = draw(CONJUNCTIONS) + " " + characters + " " + draw(VERBS)
 
     # sentences of a few phrases: the tokenizer takes their ends out again
     marks = np.where(rng.random(n) < 0.4, ". ", ", ")
@@ -599,9 +599,15 @@ class Subject(NamedTuple):
     """A noun, with what it goes with."""
 
     area: str
-    verbs: list  # that agree with it in number
-    objects: list
-    rank: int  # of its favourite verb and object
+    verbs: list  # that agree with it in number, its favourite first
+    objects: list  # its favourite first
+    other: str  # a noun of the same area and number, which has other favourites
+
+
+def favourite_first(words, rank):
+    """`words` with the one at place `rank`, counted round and round, in front."""
+    favourite = words[rank % len(words)]
+    return [favourite, *(word for word in words if word != favourite)]
 
 
 def corpus_subjects():
@@ -612,7 +618,12 @@ def corpus_subjects():
         plural_verbs = [verb.removesuffix("s") for verb in verbs]
         for ending, forms in (("", verbs), ("s", plural_verbs)):
             for rank, noun in enumerate(nouns):
-                subjects[noun + ending] = Subject(area, forms, objects, rank)
+                subjects[noun + ending] = Subject(
+                    area,
+                    favourite_first(forms, rank),
+                    favourite_first(objects, rank),
+                    other=nouns[(rank + 2) % len(nouns)] + ending,
+                )
     return subjects
 
 
@@ -621,10 +632,9 @@ def even(words, share=1.0):
     return dict.fromkeys(words, share / len(words))
 
 
-def peaked(words, favourite, rate, share=1.0):
-    """`share` spread over `words`: `rate` of it to the favourite, the rest evenly."""
-    others = [word for i, word in enumerate(words) if i != favourite]
-    return {words[favourite]: share * rate, **even(others, share * (1 - rate))}
+def peaked(words, rate, share=1.0):
+    """`share` spread over `words`: `rate` of it to the first, the rest evenly."""
+    return {words[0]: share * rate, **even(words[1:], share * (1 - rate))}
 
 
 def generate_corpus(config, rng):
@@ -642,6 +652,7 @@ def generate_corpus(config, rng):
     have come instead, `role` and `distance`, the words back to its subject. With `other_subject`
     in its place `other_word` would be the favourite, more probable by `effect`.
     """
+    rate = config.favourite_rate
     subjects = corpus_subjects()
     rows = []
 
@@ -659,19 +670,15 @@ def generate_corpus(config, rng):
         )
         return word
 
-    nouns = list(subjects)
-
-    def mark(role, subject_at):
-        place = nouns.index(rows[subject_at]["word"])
-        # of the same area and number, five nouns each; it has another favourite verb and object
-        other = nouns[place // 5 * 5 + (place + 2) % 5]
-        words = subjects[other].verbs if role == "verb" else subjects[other].objects
-        rate = config.favourite_rate
-        rows[-1]["role"] = role
-        rows[-1]["distance"] = len(rows) - 1 - subject_at
-        rows[-1]["other_subject"] = other
-        rows[-1]["other_word"] = words[subjects[other].rank % len(words)]
-        rows[-1]["effect"] = rate - (1 - rate) / (len(words) - 1)
+    # the word last drawn follows a subject, in place of which another could stand
+    def mark(role, subject_at, other, other_words):
+        rows[-1].update(
+            role=role,
+            distance=len(rows) - 1 - subject_at,
+            other_subject=other,
+            other_word=other_words[0],
+            effect=rate - (1 - rate) / (len(other_words) - 1),
+        )
 
     while len(rows) < config.n_words:
         draw({"the": 1.0})
@@ -683,10 +690,9 @@ def generate_corpus(config, rng):
         phrases = 0
         while word not in subject.verbs:
             verb_share = 1.0 if word in ADVERBS else VERB_SHARES[phrases]
-            favourite = subject.rank % len(subject.verbs)
             word = draw(
                 {
-                    **peaked(subject.verbs, favourite, config.favourite_rate, verb_share),
+                    **peaked(subject.verbs, rate, verb_share),
                     **even(PREPOSITIONS, 0.85 * (1 - verb_share)),
                     **even(ADVERBS, 0.15 * (1 - verb_share)),
                 }
@@ -696,10 +702,10 @@ def generate_corpus(config, rng):
                 draw(even(intruders))
                 phrases += 1
         if verb_share == 1:  # else the likeliest word may be a preposition, whatever is remembered
-            mark("verb", subject_at)
+            mark("verb", subject_at, subject.other, subjects[subject.other].verbs)
         draw({"the": 1.0})
-        draw(peaked(subject.objects, subject.rank, config.favourite_rate))
-        mark("object", subject_at)
+        draw(peaked(subject.objects, rate))
+        mark("object", subject_at, subject.other, subjects[subject.other].objects)
         if draw({".": 0.6, **even(TAILS, 0.4)}) != ".":
             draw({".": 1.0})
     return DataFrame(rows)
@@ -732,15 +738,13 @@ def generate_series(config, rng):
     steps to be seen than the fast one. The grid of phases lets the best forecast be computed
     exactly: `best_forecasts`.
     """
-    waves = []
-    switches = []
-    for periods in config.periods:
-        wave, switched = generate_wave(periods, config.switch_rate, config.n_steps, rng)
-        waves.append(wave)
-        switches.append(switched)
-    steps = np.arange(config.n_steps)
-    last_switch = np.maximum.accumulate(np.where(np.logical_or(*switches), steps, 0))
-    values = sum(waves) + rng.normal(0, config.noise, config.n_steps)
+    n = config.n_steps
+    (fast, fast_switches), (slow, slow_switches) = (
+        generate_wave(periods, config.switch_rate, n, rng) for periods in config.periods
+    )
+    values = fast + slow + rng.normal(0, config.noise, n)
+    steps = np.arange(n)
+    last_switch = np.maximum.accumulate(np.where(fast_switches | slow_switches, steps, 0))
     return DataFrame({"value": values, "distance": steps - last_switch})
 
 
@@ -752,29 +756,27 @@ def best_forecasts(windows, config):
     uniform at the window's start. No forecast from the same window has a lower expected squared
     error (of the absolute one, the median has the least).
     """
-    positions = [math.lcm(*periods) for periods in config.periods]
-    waves = [torch.sin(2 * math.pi * torch.arange(n) / n) for n in positions]
-    value = waves[0][:, None] + waves[1]  # (P, Q): fast and slow positions
-    sizes = [(len(periods), n) for periods, n in zip(config.periods, positions)]
+    waves = []
+    moves = []  # of each wave, whose states are its periods and phases: P(next state | state)
+    for periods in config.periods:
+        n = math.lcm(*periods)
+        waves.append(torch.sin(2 * math.pi * torch.arange(n) / n))
+        # the period may switch, and the phase goes on
+        stays = torch.eye(len(periods)) == 1
+        switch = torch.where(stays, 1 - config.switch_rate, config.switch_rate / (len(periods) - 1))
+        shifts = [torch.eye(n).roll(n // period, dims=1) for period in periods]
+        moves.append(torch.kron(switch, torch.eye(n)) @ torch.block_diag(*shifts))
+    value = waves[0][:, None] + waves[1]  # (P, Q): fast and slow phases
+    n_periods = [len(periods) for periods in config.periods]
     forecasts = []
     for batch in torch.as_tensor(windows, dtype=torch.float32).split(64):
-        belief = torch.ones(len(batch), *sizes[0], *sizes[1])  # (B, periods, P, periods, Q)
+        belief = 1.0  # the same for all states
         for values in batch.T:
-            # what is seen
             likelihood = torch.exp(-0.5 * ((values[:, None, None] - value) / config.noise) ** 2)
-            belief *= likelihood[:, None, :, None, :]
-            belief /= belief.sum(dim=(1, 2, 3, 4), keepdim=True)
-            # the periods may switch, and the phases go on
-            for axis, periods, n in zip((1, 3), config.periods, positions):
-                others = belief.sum(dim=axis, keepdim=True) - belief
-                switched = config.switch_rate * others / (len(periods) - 1)
-                belief = (1 - config.switch_rate) * belief + switched
-                moved = [
-                    part.roll(n // period, dims=axis)
-                    for part, period in zip(belief.unbind(axis), periods)
-                ]
-                belief = torch.stack(moved, dim=axis)
-        forecasts.append((belief.sum(dim=(1, 3)) * value).sum(dim=(1, 2)))
+            belief = belief * likelihood.repeat(1, *n_periods)  # (B, periods x P, periods x Q)
+            belief /= belief.sum(dim=(1, 2), keepdim=True)
+            belief = moves[0].T @ belief @ moves[1]
+        forecasts.append((belief * value.repeat(n_periods)).sum(dim=(1, 2)))
     return torch.cat(forecasts).numpy()
 
 
@@ -876,7 +878,7 @@ def read_table(text):
         return not row or row[0].startswith(("#", "sep=")) or is_alone
 
     first = next((i for i, row in enumerate(rows) if not is_title(row)), 0)
-    while not "".join(rows[-1]).strip():  # spreadsheets add rows of nothing
+    while rows[1:] and not "".join(rows[-1]).strip():  # spreadsheets add rows of nothing
         rows.pop()
     titles = [" ".join(row)[:60].strip() for row in rows[:first] if row]
     notes = [f"above the table, left out: {some(titles)}"] if titles else []
@@ -1156,8 +1158,9 @@ def label_answers(logits, labels, first=0):
 
     Ids below `first` are no answers.
     """
-    log_probabilities = torch.as_tensor(logits).log_softmax(dim=1).numpy()
-    answer = logits[:, first:].argmax(axis=1) + first
+    logits = torch.as_tensor(logits)
+    answer = logits[:, first:].argmax(dim=1).numpy() + first
+    log_probabilities = logits.log_softmax(dim=1).numpy()
     rows = np.arange(len(labels))
     return Answers(
         {
@@ -1167,6 +1170,16 @@ def label_answers(logits, labels, first=0):
             "score": (answer == labels).astype(float),
         }
     )
+
+
+@torch.no_grad()
+def word_answers(predict, dataset):
+    """Who answers with `predict(inputs)`, logits (B, V), to the windows of `dataset`."""
+    parts = []
+    for rows in torch.arange(len(dataset)).split(2048):  # all at once would fill the memory
+        inputs, targets = dataset.batch(rows)
+        parts.append(label_answers(predict(inputs), targets.numpy(), first=2))
+    return pd.concat(parts, ignore_index=True)
 
 
 def value_answers(forecasts, test):
@@ -1208,8 +1221,9 @@ def naive_bayes(train, validation, test, n, vocab_size):
     lowest = math.inf
     for last in (5, 10, 20, 50, sys.maxsize):
         rows, groups = word_groups(train, n, last, vocab_size)
-        counts = pd.crosstab(groups, labels[rows]).reindex(columns=range(n_labels), fill_value=0)
-        weights = np.log((counts + 1.0) / (counts + 1.0).sum())
+        # one and how often each group occurs under each label
+        counts = 1 + DataFrame(np.eye(n_labels)[labels[rows]]).groupby(groups).sum()
+        weights = np.log(counts / counts.sum())
         log_odds = []
         for dataset in (validation, test):
             rows, groups = word_groups(dataset, n, last, vocab_size)
@@ -1236,43 +1250,33 @@ def review_baselines(train, validation, test, vocab_size):
     }
 
 
-class NGram:
-    """Interpolated n-gram model that backs off by Witten-Bell smoothing (Chen & Goodman 1999, eq.
-    15).
+def ngram_model(ids, contexts, vocab_size):
+    """Interpolated trigrams that back off by Witten-Bell smoothing (Chen & Goodman 1999, eq. 15).
 
-    Contexts are tuples of the last n words, n below `order`. Only the `contexts` that will be asked
-    about and the shorter ones in them are counted: all those of a long text would fill the memory.
+    Returns a function: context -> P(word | context) of each word (V,). Contexts are tuples of up
+    to two words. Only `contexts` and the shorter ones in them are counted: all those of a long
+    text would fill the memory.
     """
+    followers = {context[i:]: Counter() for context in contexts for i in range(len(context) + 1)}
+    for n in range(3):
+        for *context, word in zip(*(ids[i:] for i in range(n + 1))):
+            if tuple(context) in followers:
+                followers[tuple(context)][word] += 1
 
-    def __init__(self, ids, order, vocab_size, contexts):
-        self.vocab_size = vocab_size
-        self.followers = {
-            context[i:]: Counter() for context in contexts for i in range(len(context) + 1)
-        }
-        for n in range(order):
-            for *context, word in zip(*(ids[i:] for i in range(n + 1))):
-                if tuple(context) in self.followers:
-                    self.followers[tuple(context)][word] += 1
-        self.likeliest = {}
-        for context in sorted(self.followers, key=len):
-            candidates = set(self.followers[context])  # and the likeliest after a shorter context
-            if context:
-                candidates.add(self.likeliest[context[1:]])
-            candidates.discard(1)  # <unk> is no answer
-            self.likeliest[context] = max(
-                candidates, key=lambda word: (self.probability(context, word), -word)
-            )
-
-    def probability(self, context, word):
-        """P(word | context), which mixes every order down to the uniform distribution."""
-        lower = self.probability(context[1:], word) if context else 1 / self.vocab_size
-        counts = self.followers[context]
-        if not counts:
+    @lru_cache(maxsize=1000)
+    def probabilities(context):
+        # every order is mixed with the lower ones, down to the uniform distribution
+        lower = probabilities(context[1:]) if context else np.full(vocab_size, 1 / vocab_size)
+        seen = followers[context]
+        if not seen:
             return lower
-        return (counts[word] + len(counts) * lower) / (counts.total() + len(counts))
+        counts = np.bincount(list(seen), list(seen.values()), vocab_size)
+        return (counts + len(seen) * lower) / (seen.total() + len(seen))
+
+    return probabilities
 
 
-def log_linear(train, validation, test, vocab_size, batch_size=256, epochs=60, patience=3):
+def log_linear(train, validation, test, vocab_size):
     """Softmax regression of the next word on the words of the window by position; no hidden layer.
 
     Ridge penalty and number of epochs are chosen by the loss on `validation`. Rarer words than the
@@ -1280,16 +1284,10 @@ def log_linear(train, validation, test, vocab_size, batch_size=256, epochs=60, p
     """
     window = train.inputs.shape[1]
     n_words = max(2, min(vocab_size, MOST_WEIGHTS // (window * vocab_size)))
-    places = n_words * torch.arange(window)
 
-    @torch.no_grad()
-    def answers(model, dataset):
-        parts = []
-        for rows in torch.arange(len(dataset)).split(2048):
-            inputs, targets = dataset.batch(rows)
-            logits = model(torch.where(inputs < n_words, inputs, 1) + places)
-            parts.append(label_answers(logits.numpy(), targets.numpy(), first=2))
-        return pd.concat(parts, ignore_index=True)
+    def logits(model, inputs):
+        known = torch.where(inputs < n_words, inputs, 1)
+        return model(known + n_words * torch.arange(window))  # which word, at which place
 
     lowest = math.inf
     for penalty in (3e-5, 1e-4, 3e-4):
@@ -1298,43 +1296,38 @@ def log_linear(train, validation, test, vocab_size, batch_size=256, epochs=60, p
         optimizer = optim.Adam(model.parameters(), lr=0.01, weight_decay=penalty, fused=True)
         generator = torch.Generator().manual_seed(0)
         losses = []
-        for _ in range(epochs):
+        for _ in range(60):
             order = torch.randperm(len(train), generator=generator)[:MOST_WINDOWS]
-            for rows in order.split(batch_size):
-                inputs, targets = train.batch(rows)
-                logits = model(torch.where(inputs < n_words, inputs, 1) + places)
+            inputs, targets = train.batch(order)
+            for words, following in zip(inputs.split(256), targets.split(256)):
                 optimizer.zero_grad()
-                F.cross_entropy(logits, targets).backward()
+                F.cross_entropy(logits(model, words), following).backward()
                 optimizer.step()
-            losses.append(answers(model, validation)["loss"].mean())
+            answers = word_answers(partial(logits, model), validation)
+            losses.append(answers["loss"].mean())
             if losses[-1] < lowest:
                 lowest = losses[-1]
                 best = copy.deepcopy(model)
-            if min(losses) < min(losses[-patience:]):
+            if min(losses) < min(losses[-3:]):  # three epochs were no better
                 break
-    return answers(best, test)
+    return word_answers(partial(logits, best), test)
 
 
 def corpus_baselines(train, validation, test, vocab_size):
     """Unigram, bigram and trigram on the windows of `test`, and the log-linear model."""
     train, validation, test = on_cpu(train, validation, test)
-    last_two = [tuple(words) for words in test.inputs[:, -2:].tolist()]
     ids = [*train.inputs[0].tolist(), *train.targets.tolist()]  # the text
-    model = NGram(ids, 3, vocab_size, set(last_two))
-    targets = test.targets.tolist()
-    baselines = {}
-    for n, name in enumerate(("unigram", "bigram", "trigram")):
-        contexts = [words[len(words) - n :] for words in last_two]
-        likeliest = [model.likeliest[context] for context in contexts]
-        of_target = [model.probability(*pair) for pair in zip(contexts, targets)]
-        baselines[name] = Answers(
-            {
-                "answer": likeliest,
-                "probability": [model.probability(*pair) for pair in zip(contexts, likeliest)],
-                "loss": [-math.log(probability) for probability in of_target],
-                "score": np.equal(likeliest, targets).astype(float),
-            }
-        )
+    last_two = {tuple(words) for words in test.inputs[:, -2:].tolist()}
+    probabilities = ngram_model(ids, last_two, vocab_size)
+
+    def ngram(inputs, n):
+        contexts = [tuple(words[len(words) - n :]) for words in inputs.tolist()]
+        return np.log([probabilities(context) for context in contexts])
+
+    baselines = {
+        name: word_answers(partial(ngram, n=n), test)
+        for n, name in enumerate(("unigram", "bigram", "trigram"))
+    }
     baselines["log-linear"] = log_linear(train, validation, test, vocab_size)
     return baselines
 
@@ -1347,17 +1340,16 @@ def season_of(windows):
     both neighbours and rises by 0.2 above what came before: a smooth or a random series has none.
     High: within 0.05 of the highest.
     """
-    rows = windows.inputs[:, :, 0].cpu().numpy()
-    means = rows.mean(axis=1)
-    targets = windows.targets[:, 0].cpu().numpy() - means
-    if np.ptp(targets) < 1e-5 * np.abs(targets).max():  # a straight line, but for rounding
+    rows = windows.inputs[:, :, 0].cpu()
+    means = rows.mean(dim=1, keepdim=True)
+    targets = windows.targets.cpu() - means
+    # a straight line, but for rounding
+    if targets.max() - targets.min() < 1e-5 * targets.abs().max():
         return None
-    lagged = [rows[:, -lag] - means for lag in range(1, rows.shape[1] + 1)]
-    with np.errstate(divide="ignore", invalid="ignore"):  # a stretch may be constant
-        r = [np.corrcoef(values, targets)[0, 1] for values in lagged]
-        # one lag more, to compare
-        beyond = np.corrcoef(rows[:-1, 0] - means[1:], targets[1:])[0, 1]
-    r = np.nan_to_num([*r, beyond], nan=-1.0)
+    lagged = torch.hstack([targets, rows.flip(1) - means])
+    beyond = torch.hstack([targets[1:], rows[:-1, :1] - means[1:]])  # one lag more, to compare
+    r = torch.hstack([torch.corrcoef(part.T.double())[0, 1:] for part in (lagged, beyond)])
+    r = r.nan_to_num(-1.0)  # a stretch may be constant
     peaks = [i for i in range(1, len(r) - 1) if r[i] > max(r[i - 1], r[i + 1], r[:i].min() + 0.2)]
     high = [i for i in peaks if r[i] > r[peaks].max() - 0.05]
     return high[0] + 1 if high else None
@@ -1370,15 +1362,14 @@ def nearest_neighbours(train, windows, length, most):
     mean of n neighbours.
     """
     ends = train.inputs[:, -length:, 0]
-    levels = ends.mean(dim=1)
-    rises = train.targets[:, 0] - levels
+    rises = train.targets[:, 0] - ends.mean(dim=1)
+    shapes = centred(ends)
     forecasts = []
     for batch in windows[:, -length:, 0].split(256):
-        level = batch.mean(dim=1)
-        distances = torch.cdist(batch - level[:, None], ends - levels[:, None])
+        distances = torch.cdist(centred(batch), shapes)
         nearest = distances.topk(most, largest=False).indices  # (B, most)
         means = rises[nearest].cumsum(dim=1) / torch.arange(1, most + 1)
-        forecasts.append(level + means.T)
+        forecasts.append(batch.mean(dim=1) + means.T)
     return torch.cat(forecasts, dim=1)
 
 
@@ -1391,14 +1382,13 @@ def best_neighbours(train, validation, test):
     most = min(64, len(train))
     step = math.ceil(len(validation) / 500)
     targets = validation.targets[::step, 0]
-    window = train.inputs.shape[1]
     found = {}
-    for length in (*(n for n in (2, 4, 6, 8, 12, 16, 24, 32) if n < window), window):
+    for length in (2, 4, 6, 8, 12, 16, 24, 32, train.inputs.shape[1]):  # no window is longer
         forecasts = nearest_neighbours(train, validation.inputs[::step], length, most)
         errors = (forecasts - targets).square().mean(dim=1)  # (most,)
-        found[length] = errors.min().item(), errors.argmin().item()
+        found[length] = errors.min(dim=0)
     length = min(found, key=found.get)
-    return nearest_neighbours(train, test.inputs, length, most)[found[length][1]]
+    return nearest_neighbours(train, test.inputs, length, most)[found[length].indices]
 
 
 def series_baselines(train, validation, test):
@@ -1452,8 +1442,7 @@ class Recurrent(nn.Module):
             input_dim, hidden_dim, n_layers, batch_first=True, dropout=between_layers
         )
         for name, weight in self.rnn.named_parameters():
-            gates = weight.detach().split(hidden_dim)  # views: to fill them is to fill the weight
-            for gate in gates:
+            for gate in weight.detach().split(hidden_dim):  # views: this fills the weight
                 if name.startswith("weight_hh"):
                     (cell.start or start)(gate)
                 elif name.startswith("weight_ih"):
@@ -1506,6 +1495,10 @@ class SequenceModel(nn.Module):
     preprocessing: Mapping = {}  # of a trained model: turns words or values into inputs, and back
     metrics: Mapping = {}  # of a trained model, on the test split
     sample: str | Sequence = "the"  # that can be predicted from
+
+    def forward(self, inputs, last=None):
+        state = self.recurrent(inputs, last)  # (B, T, F) -> (B, H)
+        return self.head(self.dropout(state))
 
     def check_preprocessing(self):
         """Raise an error unless the model can predict with its `preprocessing`."""
@@ -1569,10 +1562,13 @@ class Classifier(SequenceModel):
 
     def forward(self, ids):
         # padding comes after the last word, so its states are never read
-        places = torch.arange(ids.shape[1], device=ids.device)
-        last = torch.where(ids != 0, places, 0).amax(dim=1)  # (B, T) -> (B,)
-        state = self.recurrent(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, H)
-        return self.head(self.dropout(state))  # (B, H) -> (B, output_dim)
+        last = (ids != 0).sum(dim=1) - 1  # (B, T) -> (B,)
+        return super().forward(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, output_dim)
+
+    def check_preprocessing(self):
+        if len(self.preprocessing["labels"]) != max(self.head[0].out_features, 2):
+            raise InputError("labels that do not fit")
+        super().check_preprocessing()
 
     @torch.no_grad()
     def predict(self, texts):
@@ -1588,12 +1584,12 @@ class Classifier(SequenceModel):
         reviews = [encode(tokenize(text, WORDS)[-most:], self.vocabulary) for text in texts]
         predictions = [(None, math.nan)] * len(reviews)
         rows = [i for i in np.argsort([len(review) for review in reviews]) if reviews[i]]
-        for batch in (rows[start : start + 256] for start in range(0, len(rows), 256)):
+        for start in range(0, len(rows), 256):
+            batch = rows[start : start + 256]
             ids = ReviewDataset([reviews[i] for i in batch], [0] * len(batch), self.device).inputs
-            probabilities = label_probabilities(self(ids))  # (B, K)
-            for i, of_labels in zip(batch, probabilities.tolist()):
-                pairs = zip(self.preprocessing["labels"], of_labels, strict=True)
-                predictions[i] = max(pairs, key=lambda pair: pair[1])
+            values, labels = label_probabilities(self(ids)).max(dim=1)  # (B, K) -> (B,)
+            for i, label, probability in zip(batch, labels.tolist(), values.tolist()):
+                predictions[i] = (self.preprocessing["labels"][label], probability)
         return predictions
 
 
@@ -1610,8 +1606,7 @@ class Predictor(SequenceModel):
         self.head = nn.Linear(hidden_dim, vocab_size)
 
     def forward(self, ids):
-        state = self.recurrent(self.embedding(ids))  # (B, T) -> (B, T, E) -> (B, H)
-        return self.head(self.dropout(state))  # (B, H) -> (B, V)
+        return super().forward(self.embedding(ids))  # (B, T) -> (B, T, E) -> (B, V)
 
     @torch.no_grad()
     def next_logits(self, words):
@@ -1629,9 +1624,8 @@ class Predictor(SequenceModel):
         """The `n` likeliest next words with their probabilities among all known words."""
         words = list(self.vocabulary)
         probabilities = self.next_logits(tokenize(text, WORDS_AND_ENDS)).softmax(dim=0)
-        likeliest = probabilities.topk(min(n, len(words) - 2))
-        pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist())
-        return [(words[i], probability) for i, probability in pairs]
+        values, ids = probabilities.topk(min(n, len(words) - 2))
+        return [(words[i], probability) for i, probability in zip(ids.tolist(), values.tolist())]
 
     def continue_text(self, text, length=20, temperature=1.0, seed=42):
         """The next `length` words, drawn from the model's probabilities to the power 1 /
@@ -1667,10 +1661,6 @@ class Forecaster(SequenceModel):
         self.head = nn.Sequential(
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, output_dim)
         )
-
-    def forward(self, values):
-        state = self.recurrent(values)  # (B, T, F) -> (B, H)
-        return self.head(self.dropout(state))  # (B, H) -> (B, output_dim)
 
     @torch.no_grad()
     def roll_forward(self, windows, steps):
@@ -1786,10 +1776,10 @@ def checkpoint_bytes(model, arguments):
     """A trained model and its constructor arguments as a file: tensors, numbers, text, no code."""
     checkpoint = {
         "class": type(model).__name__,
-        "arguments": dict(arguments),
+        "arguments": arguments,
         "weights": {name: weight.cpu() for name, weight in model.state_dict().items()},
-        "preprocessing": dict(model.preprocessing),
-        "metrics": dict(model.metrics),
+        "preprocessing": model.preprocessing,
+        "metrics": model.metrics,
     }
     content = io.BytesIO()
     torch.save(checkpoint, content)
@@ -1883,8 +1873,10 @@ def count_parameters(model):
     """Trainable parameters of each part of the model that has any: embedding, recurrent, head."""
     counts = {}
     for name, part in model.named_children():
-        counts[name] = sum(weight.numel() for weight in part.parameters())
-    return {name: count for name, count in counts.items() if count}
+        count = sum(weight.numel() for weight in part.parameters())
+        if count:
+            counts[name] = count
+    return counts
 
 
 @torch.no_grad()
@@ -2501,8 +2493,7 @@ def train_step(model, task, optimizer, batch, training):
     optimizer.zero_grad(set_to_none=True)
     losses = []
     scores = []
-    chunks = [part.chunk(training.accumulate_steps) for part in batch]
-    for inputs, targets in zip(*chunks):
+    for inputs, targets in zip(*(part.chunk(training.accumulate_steps) for part in batch)):
         output = model(inputs)
         loss = task.loss(output, targets)  # (b,), each of which counts one B-th
         loss.backward(torch.full_like(loss, 1 / len(batch[0])))
@@ -2517,8 +2508,7 @@ def train_step(model, task, optimizer, batch, training):
 def train_epoch(model, task, optimizer, loader, training):
     """One pass over the data; returns the means of what `train_step` returns."""
     model.train()
-    device = next(model.parameters()).device
-    means = torch.zeros(4, device=device)  # one transfer an epoch, not a step
+    means = torch.zeros(4, device=model.device)  # one transfer an epoch, not a step
     seen = 0
     for batch in loader:
         seen += len(batch[1])
@@ -2566,7 +2556,6 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)
     history = []
     losses = []
-    best_weights = {}
     for epoch in range(1, training.epochs + 1):
         start = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
@@ -2590,9 +2579,10 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
         }
         history.append(row)
         on_epoch(row)
-        if epochs_since_best(losses) == 0:  # copies: the state's own tensors go on changing
-            best_weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-        if epochs_since_best(losses) >= training.patience:
+        waited = epochs_since_best(losses)
+        if waited == 0:  # a copy: the state's own tensors go on changing
+            best_weights = copy.deepcopy(model.state_dict())
+        if waited >= training.patience:
             break
         plateau.step(losses[-1])
     model.load_state_dict(best_weights)
@@ -2615,31 +2605,31 @@ def activation_bytes(model, task, batch):
         return tensor.detach()  # the tensor itself would keep its own graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        task.loss(model(batch[0]), batch[1]).mean()
+        task.loss(model(batch[0]), batch[1])
     return sum(size for storage, size in kept.items() if storage not in weights)
 
 
 def kernel_name(model, inputs):
     """Which implementation of the recurrent layer runs: a library's, or PyTorch's generic one."""
     # of the nodes of the backward graph, which are called after the operators that ran
-    names = set()
+    names = ""
     waiting = {model(inputs[:2, :2]).grad_fn}
     while waiting:
         node = waiting.pop()
-        names.add(node.name())
+        names += node.name()
         waiting.update(parent for parent, _ in node.next_functions if parent)
     kernels = {"CudnnRnn": "cuDNN", "MkldnnRnn": "oneDNN", "Miopen": "MIOpen", "Mps": "MPS"}
     for operator, kernel in kernels.items():
-        if any(operator in name for name in names):
+        if operator in names:
             return kernel
     return "generic"
 
 
-def measure_costs(task, models, training, data, steps=2, rounds=2):
+def measure_costs(task, models, training, data):
     """What a training step of each model costs, by its name.
 
-    The models take turns on the same `steps` full batches, from short to long examples: once to
-    warm up, then `rounds` times, of which the median counts. Activations are those of a full batch
+    The models take turns on the same two full batches, of shorter and of longer examples: once to
+    warm up, then twice, of which the mean counts. Activations are those of a full batch
     of the longest examples that may occur.
     """
     lengths = data.train.lengths
@@ -2647,25 +2637,25 @@ def measure_costs(task, models, training, data, steps=2, rounds=2):
     buckets = LengthBuckets(lengths, size, random_generator(0, "costs"))
     full = [rows for rows in buckets if len(rows) == size]
     full.sort(key=lambda rows: lengths[rows].max())
-    batches = [data.train.batch(full[int((i + 0.5) / steps * len(full))]) for i in range(steps)]
+    batches = [data.train.batch(full[quarter * len(full) // 4]) for quarter in (1, 3)]
     seconds = {name: [] for name in models}
-    for _ in range(1 + rounds):
+    for _ in range(3):
         for name, model in models.items():
             optimizer = new_optimizer(model, training, learning_rate=1e-3)
             start = time.perf_counter()
             train_epoch(model, task, optimizer, batches, training)
-            seconds[name].append((time.perf_counter() - start) / steps)
+            seconds[name].append((time.perf_counter() - start) / len(batches))
     length = data.preprocessing.get("max_words") or data.preprocessing["window"]
     longest = data.train.inputs.new_ones(size, length, *data.train.inputs.shape[2:])
     costs = {}
     for name, model in models.items():
-        median = np.median(seconds[name][1:])
+        step = np.mean(seconds[name][1:])
         costs[name] = {
             "kernel": kernel_name(model, batches[0][0]),
             "activation_bytes": activation_bytes(model, task, (longest, data.train.targets[:size])),
-            "ms_per_step": round(1000 * median, 2),
-            "samples_per_second": round(size / median),
-            "seconds_per_epoch": median * max(training.updates, len(buckets)),
+            "ms_per_step": round(1000 * step, 2),
+            "samples_per_second": round(size / step),
+            "seconds_per_epoch": step * max(training.updates, len(buckets)),
         }
     return costs
 
@@ -2941,6 +2931,13 @@ def train_and_test(run, experiment, data, on_epoch):
     }
 
 
+def with_digest(record):
+    """A record as JSON, its last entry the SHA-256 of the others, by which damage is seen."""
+    text = json.dumps(record, default=np.generic.item)  # settings may be NumPy's
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f'{text[:-1]}, "digest": "{digest}"}}'
+
+
 def complete_run(run, experiment, on_epoch):
     """Do a run; its record, from which tables and figures are made, is written last.
 
@@ -2977,9 +2974,7 @@ def complete_run(run, experiment, on_epoch):
         "environment": environment,
         **content,
     }
-    text = json.dumps(record, default=np.generic.item)  # settings may be NumPy's
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    write_whole(path, f'{text[:-1]}, "digest": "{digest}"}}')
+    write_whole(path, with_digest(record))
     if run.learning_rate and not run.is_tuning:  # what was tried is not needed any more
         run._replace(is_tuning=True).model_path(experiment.folder).unlink(missing_ok=True)
 
@@ -3173,7 +3168,7 @@ def read_records(folder, subfolder="runs"):
             content = path.read_bytes()
             record = json.loads(content)
             text = content[: content.rindex(b', "digest"')] + b"}"
-            if hashlib.sha256(text).hexdigest() != record["digest"]:
+            if hashlib.sha256(text).hexdigest() != record.pop("digest"):
                 raise ValueError("cut or changed")
             run = Run(*(record[name] for name in Run._fields))
             place = tasks.index(run.task), models.index(run.model), run.seed, run.learning_rate
@@ -3301,12 +3296,13 @@ def tune_rates(experiment, tasks, grid):
     """Each model's learning rate, by (task, model), and the table of the runs that it comes from.
 
     Successive halving (Jamieson & Talwalkar 2016): the first seed tries the grid, the better half
-    of the rates goes on to the other seeds, and the lowest mean validation loss wins. A best rate
-    at the edge is followed outwards until the loss rises. A model gets no rate if a run failed
-    other than by divergence, for its rate may be the best, or if all diverged.
+    of the rates goes on to the other seeds, and the lowest mean validation loss wins. Of rates
+    within 1 % of the best the larger go on, which need fewer epochs. A best rate at the edge is
+    followed outwards until the loss rises; downwards, until it falls by less than 1 %. A model gets
+    no rate if a run failed other than by divergence, for its rate may be the best, or if all
+    diverged.
     """
     pairs = list(product(tasks, experiment.models))
-    tried = {pair: list(grid) for pair in pairs}
     first, *others = experiment.seeds
     of_each = len(grid) + math.ceil(len(grid) / 2) * len(others)
     seconds = sum(expected_seconds(Run(*pair, first), experiment) for pair in pairs)
@@ -3325,17 +3321,28 @@ def tune_rates(experiment, tasks, grid):
             runs.extend(new)
             table = tuning_table(runs, experiment.folder)
             chosen = table.query("chosen").groupby(["task", "model"])["learning_rate"].first()
+            losses = table.pivot(index=["task", "model", "learning_rate"], columns="seed")
+            losses = losses["val_loss"]  # (rates, seeds)
             new = []
             for pair, rate in chosen.items():
+                tried = losses.loc[pair].index
                 place = RATES.index(rate)
-                for next_rate in RATES[max(place - 1, 0) : place + 2]:
-                    if not min(tried[pair]) <= next_rate <= max(tried[pair]):
-                        tried[pair].append(next_rate)
-                        new.extend(Run(*pair, s, next_rate, is_tuning=True) for s in seeds)
+                outwards = []
+                if rate == tried.max():
+                    outwards.extend(RATES[place + 1 : place + 2])
+                if rate == tried.min():
+                    gain = losses.loc[(*pair, tried[1])] / losses.loc[(*pair, rate)] - 1
+                    if gain.mean() > 0.01:
+                        outwards.extend(RATES[max(place - 1, 0) : place])
+                new.extend(Run(*pair, s, r, is_tuning=True) for s in seeds for r in outwards)
         if seeds == [first]:
-            for pair, losses in table.query("val_loss < @math.inf").groupby(["task", "model"]):
-                better = losses.nsmallest(math.ceil(len(losses) / 2), "val_loss")["learning_rate"]
-                new.extend(Run(*pair, s, rate, is_tuning=True) for s in others for rate in better)
+            for pair, of_pair in table.query("val_loss < @math.inf").groupby(["task", "model"]):
+                loss = of_pair["val_loss"]
+                # large rates among equals, then by loss
+                rank = loss.where(loss > 1.01 * loss.min(), -of_pair["learning_rate"])
+                better = of_pair.assign(rank=rank).nsmallest(math.ceil(len(loss) / 2), "rank")
+                for rate in better["learning_rate"]:
+                    new.extend(Run(*pair, seed, rate, is_tuning=True) for seed in others)
     rates = {pair: rate for pair, rate in chosen.items() if pair not in incomplete}
     for run in runs:  # of the other rates the models are not needed any more
         if rates.get((run.task, run.model), run.learning_rate) != run.learning_rate:
@@ -4549,7 +4556,7 @@ def run(
         rates[task, model] = learning_rate or CELLS[cell_name(model)].learning_rates[task]
     tuned = [name for name in experiment.tasks if tune or config[name].file]
     if tuned and tune is not False and not learning_rate and (tune or not quick):
-        found, table = tune_rates(experiment, tuned, RATES[4:6] if quick else RATES[3:7])
+        found, table = tune_rates(experiment, tuned, RATES[4:6] if quick else RATES[4:7])
         rates = {pair: rate for pair, rate in rates.items() if pair[0] not in tuned} | found
         write_table(folder, "tuning", table)
         figure = {"learning_rates": partial(learning_rates_figure, table)}

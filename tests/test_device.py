@@ -127,7 +127,7 @@ def complete(run, device, folder, on_epoch=lambda row: None):
     rnn.make_folder(folder, [run.task], config)
     rnn.complete_run(run, experiment, on_epoch)
     record = json.loads(run.record_path(folder).read_text())
-    del record["environment"], record["checkpoint"]
+    del record["environment"], record["checkpoint"], record["digest"]
     for row in record["history"]:
         del row["seconds"]
     return record

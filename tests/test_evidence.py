@@ -232,13 +232,13 @@ def test_activation_bytes_grow_with_the_batch_and_leave_the_weights_out(data):
 def test_the_parts_of_a_cost_agree(data):
     own = data["predictor"]
     models = {name: new_model("predictor", name, data) for name in ("RNN", "GRU")}
-    training = rnn.Training(batch_size=64)
+    training = rnn.Training(batch_size=32)
     costs = rnn.measure_costs(rnn.TASKS["predictor"], models, training, own)
     assert list(costs) == ["RNN", "GRU"]
     for cost in costs.values():
         seconds = cost["ms_per_step"] / 1000
-        assert cost["samples_per_second"] == pytest.approx(64 / seconds, rel=0.05)
-        steps = math.ceil(len(own.train) / 64)
+        assert cost["samples_per_second"] == pytest.approx(32 / seconds, rel=0.05)
+        steps = max(50, math.ceil(len(own.train) / 32))
         assert cost["seconds_per_epoch"] == pytest.approx(steps * seconds, rel=0.05)
 
 
@@ -327,13 +327,14 @@ def test_what_is_commonly_said_is_held_against_the_results(quick_run, tmp_path, 
     for path in list((tmp_path / "runs").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         record["seed"] = 43
+        del record["digest"]
         record["history"] = [
             {**row, "validation": {**row["validation"], "loss": 1 / row["epoch"]}}
             for row in record.get("history", [])
         ]
         if not record["history"]:
             del record["history"]
-        path.with_name(path.name.replace("42", "43")).write_text(json.dumps(record))
+        path.with_name(path.name.replace("42", "43")).write_text(rnn.with_digest(record))
     assert rnn.main(["--report", "--output-dir", str(tmp_path)]) == 0
     text = (tmp_path / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.*?) +\| (.*?) +\| (yes|no) +\|$", text, re.M)

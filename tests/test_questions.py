@@ -304,7 +304,7 @@ def test_activations_do_not_depend_on_the_seed():
     for seed in (1, 2):
         data = task.build_data(config, seed)
         models = {"GRU": rnn.build_model(task, "GRU", config, data, 0)}
-        costs = rnn.measure_costs(task, models, config.training, data, 1, 1)
+        costs = rnn.measure_costs(task, models, config.training, data)
         found.add(costs["GRU"]["activation_bytes"])
     assert len(found) == 1
 

@@ -176,7 +176,7 @@ def test_predict_reads_a_pipe_once(checkpoint, capsys, tmp_path):
         (["CLASSIFIER", "."], ".: cannot be read (Is a directory)"),
         (["FORECASTER", "abc"], "no numeric column"),
         (["FORECASTER", " "], "no numeric column"),
-        (["CLASSIFIER", "BINARY"], "not UTF-8"),
+        (["CLASSIFIER", "BINARY"], "not a text file"),
         (["none\x1b[31m\n.pt", "text"], "none\\x1b[31m\\n.pt: no such file"),
         (["CLASSIFIER", f"{'x' * 999}.txt"], "..."),
         (["CLASSIFIER", "text", "--length", "0"], "--length 0"),
@@ -187,7 +187,7 @@ def test_predict_reads_a_pipe_once(checkpoint, capsys, tmp_path):
 )
 def test_predict_refuses_in_one_line(arguments, message, checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "BINARY").write_bytes(b"\xff\xfe")
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe\0\0")
     names = {task.upper(): str(checkpoint(task)) for task in rnn.TASKS}
     assert message in refusal(["--predict", *(names.get(a, a) for a in arguments)], capsys)
 
@@ -235,7 +235,7 @@ def change(content, *path, to):
     ("task", "path", "to", "message"),
     [
         ("classifier", ["class"], "Transformer", "'Transformer'"),
-        ("classifier", ["arguments", "n_layers"], 10**9, "a size or a dropout that makes no sense"),
+        ("classifier", ["arguments", "n_layers"], 1000, "a size or a dropout that makes no sense"),
         ("classifier", ["arguments", "n_layers"], True, "a size or a dropout that makes no sense"),
         (
             "classifier",
@@ -243,7 +243,8 @@ def change(content, *path, to):
             float("nan"),
             "a size or a dropout that makes no sense",
         ),
-        ("classifier", ["arguments", "vocab_size"], 10**12, "its weights do not fit its model"),
+        ("classifier", ["arguments", "vocab_size"], 1000, "its weights do not fit its model"),
+        ("classifier", ["arguments", "vocab_size"], 10**12, "more memory than its size"),
         ("classifier", ["arguments", "hidden_dim"], 5, "its weights do not fit its model"),
         ("classifier", ["arguments", "colour"], 5, ""),
         ("classifier", ["weights"], {}, "its weights do not fit its model"),
