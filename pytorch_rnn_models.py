@@ -2159,6 +2159,8 @@ def build_series(config, seed, device=CPU):
         )
     offset = float(train_values.mean())
     scaled = [(values[part] - offset) / unit for part in parts]
+    if max(np.abs(part).max() for part in scaled) > 1e15:
+        raise InputError("a value beyond its training part is too large for single precision")
     every, validation, test = (SeriesDataset(part, window, device=device) for part in scaled)
     stride = min(config.stride, math.ceil(len(every) / 1000))  # a short series can spare no window
     train = SeriesDataset(scaled[0], window, stride, device)
@@ -3112,7 +3114,7 @@ def complete_runs(runs, experiment):
     )
     bar = tqdm(
         total=total,
-        disable=None,  # without a terminal there are the lines alone
+        disable=None if sys.stderr else True,  # without a terminal there are the lines alone
         leave=False,
         dynamic_ncols=True,
         bar_format="all runs {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left",
@@ -3618,14 +3620,14 @@ def compare(examples):
 # --- for people -----------------------------------------------------------------------
 
 TITLE = "# RNN, LSTM and GRU: results"
-INTRODUCTION = """The same training for all cells, each at its own learning rate. Each seed draws
-its own data, or the splits of a user's reviews; a user's text or series is always cut at the same
-places. Test results are means ± standard deviations over the seeds. A ceiling is the best that is
-possible on generated data. Brackets hold 95 % intervals of the paired difference over seeds
-(Student's t, no narrower than the test examples alone leave it), where none is better the first
-minus the second. In a task's first metric a difference is called clear if it survives Holm's
-correction over all that are listed. Seconds are those of a run's training, with other runs beside
-it."""
+INTRODUCTION = """\
+The same training for all cells, each at its own learning rate. Each seed draws its own data, or
+the splits of a user's reviews; a user's text or series is always cut at the same places. Test
+results are means ± standard deviations over the seeds. A ceiling is the best that is possible on
+generated data. Brackets hold 95 % intervals of the paired difference over seeds (Student's t, no
+narrower than the test examples alone leave it), where none is better the first minus the second.
+In a task's first metric a difference is called clear if it survives Holm's correction over all
+that are listed. Seconds are those of a run's training, with other runs beside it."""
 COSTS_NOTE = """Median time of a step, the models taking turns on the same batches if one command
 trained them; activations: what the forward pass on a full batch of the longest possible examples
 keeps for the backward pass. The kernel is the implementation of the recurrent layer that ran:
