@@ -3769,7 +3769,7 @@ def answer(task, scores, runs, comparisons, file):
     baseline = kinds["baseline"][0]
     if runs["seed"].nunique() == 1:
         return (
-            f"On {file}, by {metric.label}: {shown[best]}, and without training {shown[baseline]}; "
+            f"On {file}, by {metric.label}: {shown[best]}, and of the baselines {shown[baseline]}; "
             "one seed supports no ranking."
         )
     clear = set()
@@ -4348,7 +4348,7 @@ def make_report(folder, failed=0):
         "## Environment\n\n" + "\n".join(lines),
     ]
     texts = [TITLE, *answers, *texts]
-    write_whole(folder / "pytorch_rnn_summary.md", "\n\n".join(texts) + "\n")
+    write_whole(folder / "pytorch_rnn_summary.md", printable("\n\n".join(texts) + "\n"))
     drawn, broken = draw_figures(folder, figures)
     say("\n\n".join([*texts, f"Tables, figures, records and models are in {folder.resolve()}"]))
     return Results(scores, examples, drawn, failed + broken)

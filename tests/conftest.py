@@ -98,6 +98,7 @@ def new_model(task, name, data, **changes):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--kills", type=int, default=10, help="of each of two runs, with --slow")
 
 
 def pytest_configure(config):

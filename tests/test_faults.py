@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,16 +24,17 @@ from conftest import SCRIPT, copy_records, leave_out_figures
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups of POSIX")
 TINY = ["--quick", "--tasks", "forecaster", "--seeds", "1", "2"]
 TWO = ["--workers", "2"]
-TABLES = ("runs", "summary", "comparisons")
+TABLES = ("runs", "summary", "comparisons", "tuning")
 
 
 def tables(folder):
     """The tables of a folder, without times."""
-    read = {name: pd.read_csv(folder / f"pytorch_rnn_{name}.csv") for name in TABLES}
-    return {
-        name: table.drop(columns="seconds", errors="ignore").to_csv()
-        for name, table in read.items()
-    }
+    found = {}
+    for name in TABLES:
+        path = folder / f"pytorch_rnn_{name}.csv"
+        if path.exists():
+            found[name] = pd.read_csv(path).drop(columns="seconds", errors="ignore").to_csv()
+    return found
 
 
 def leftovers(folder):
@@ -86,15 +88,14 @@ def undisturbed(tmp_path_factory):
 # --- killed, interrupted, ended -------------------------------------------------------
 
 
-def kill_and_resume(folder, workers, kills, expected):
+def kill_and_resume(folder, options, kills, expected):
     """Start, kill the whole process group at a random moment, resume, and so on to the end."""
-    rng, command = (
-        np.random.default_rng(workers),
-        [*TINY, "--workers", workers, "--resume", "--output-dir"],
-    )
+    rng = np.random.default_rng(len(options))
+    command = [*TINY, *options, "--resume", "--output-dir"]
     begin = time.monotonic()
     assert start(*command, folder / "timing").wait() == 0
-    duration, fresh = time.monotonic() - begin, itertools.count()
+    duration = time.monotonic() - begin
+    fresh = itertools.count()
     current = folder / str(next(fresh))
     while kills:
         process = start(*command, current)
@@ -106,6 +107,7 @@ def kill_and_resume(folder, workers, kills, expected):
             kills -= 1
         else:  # it came to its end: begin anew
             assert process.returncode == 0 and tables(current) == expected
+            shutil.rmtree(current)
             current = folder / str(next(fresh))
     assert start(*command, current).wait() == 0
     assert tables(current) == expected
@@ -113,10 +115,20 @@ def kill_and_resume(folder, workers, kills, expected):
 
 
 @pytest.mark.slow
-def test_killed_at_20_random_moments_and_resumed_it_ends_as_if_undisturbed(undisturbed, tmp_path):
-    expected = tables(undisturbed)
+@pytest.mark.parametrize("tune", [[], ["--tune"]])
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_undisturbed(
+    tune, tmp_path, no_figures, request
+):
+    """As often as `--kills` says, half of them with one worker, half with two."""
+    assert rnn.main([*TINY, *tune, "--output-dir", str(tmp_path / "undisturbed")]) == 0
+    expected = tables(tmp_path / "undisturbed")
+    kills = request.config.getoption("--kills") // 2
     with ThreadPoolExecutor() as pool:
-        chains = [pool.submit(kill_and_resume, tmp_path / str(n), n, 10, expected) for n in (1, 2)]
+        chains = []
+        for workers in ("1", "2"):
+            options = [*tune, "--workers", workers]
+            folder = tmp_path / workers
+            chains.append(pool.submit(kill_and_resume, folder, options, kills, expected))
         for chain in chains:
             chain.result()
 
@@ -376,6 +388,78 @@ def test_a_figure_that_cannot_be_drawn_costs_nothing_else(
     assert error == "failed: pytorch_rnn_parameter_counts.png could not be drawn: no such luck\n"
     for path in undisturbed.glob("pytorch_rnn_*"):
         assert (tmp_path / path.name).exists() == (path.name != "pytorch_rnn_parameter_counts.png")
+
+
+def test_a_record_that_was_changed_anywhere_is_named_and_left_out(
+    undisturbed, tmp_path, capsys, no_figures
+):
+    copy_records(undisturbed, tmp_path)
+    path = tmp_path / "runs" / "forecaster_GRU_seed2.json"
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= 1
+        path.write_bytes(damaged)
+        assert rnn.main([*TINY, "--report", "--output-dir", str(tmp_path)]) == 0
+        assert f"{path} is not the whole record of a run" in capsys.readouterr().err
+        assert len(pd.read_csv(tmp_path / "pytorch_rnn_runs.csv")) == 5
+    path.unlink()
+    os.mkfifo(path)
+    assert rnn.main([*TINY, "--report", "--output-dir", str(tmp_path)]) == 0
+    assert f"{path} is not the whole record of a run" in capsys.readouterr().err
+
+
+def test_what_killed_writers_left_is_removed_by_the_next_run(
+    undisturbed, tmp_path, capsys, no_figures
+):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    left = [tmp_path / "runs" / ".a.json.12.tmp", tmp_path / "models" / ".b.pt.34.tmp"]
+    for path in left:
+        path.touch()
+        os.utime(path, (0, 0))
+    beside = tmp_path / "runs" / ".c.json.56.tmp"  # of a writer that is at work
+    beside.touch()
+    resume(tmp_path, capsys)
+    assert leftovers(tmp_path) == [beside]
+
+
+# --- who listens, and what may be said ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        (">/dev/null 2>&-", 0, ""),
+        (">/dev/null 2>/dev/full", 0, ""),
+        (">&-", 1, "standard output is closed"),
+        (">/dev/full", 1, "No space left on device"),
+    ],
+)
+def test_a_report_does_not_need_listeners_but_says_if_it_was_not_heard(
+    redirection, status, said, undisturbed, tmp_path
+):
+    copy_records(undisturbed, tmp_path)
+    command = f"{shlex.join([*SCRIPT, *TINY, '--report', '--output-dir', str(tmp_path)])}"
+    done = subprocess.run(["sh", "-c", f"{command} {redirection}"], capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert said in done.stderr and (tmp_path / "pytorch_rnn_runs.csv").exists()
+
+
+def test_what_others_wrote_commands_neither_terminal_nor_spreadsheet_nor_figure(tmp_path, capsys):
+    names = ["=1+1\x1b[31m", "$a$\u202e|b"]
+    rows = [f'"@it was {names[i % 2]}\a {i}","{names[i % 2]}"' for i in range(60)]
+    path = tmp_path / "my$_$.csv"
+    path.write_text("text,label\n" + "\n".join(rows), encoding="utf-8")
+    arguments = ["--quick", "--tasks", "classifier", "--models", "GRU", "--reviews", str(path)]
+    assert rnn.main([*arguments, "--output-dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    markdown = (tmp_path / "out" / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    for text in (said.out, said.err, markdown):
+        assert all(c.isprintable() or c in "\n\r\t" for c in text)
+    predictions = pd.read_csv(tmp_path / "out" / "predictions" / "classifier_seed42.csv")
+    for cells in (predictions["truth"], predictions["text"], predictions["GRU"]):
+        assert not cells.str.startswith(("=", "@")).any() and cells.str.startswith("'").any()
 
 
 @pytest.mark.parametrize(

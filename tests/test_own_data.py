@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -267,6 +268,19 @@ def test_encodings(encoding, notes, written):
     assert text == "naïve café, 5 €" and len(said) == notes
 
 
+def test_integer_labels_of_many_digits_stay_apart():
+    digits = "1234567890123456"
+    reviews, _ = rnn.read_reviews(f"text,label\na,{digits}7\nb,{digits}8\n")
+    assert reviews.names == [f"{digits}7", f"{digits}8"]
+
+
+@pytest.mark.parametrize("content", ["t,x\n" + "\n" * 30_000 + "a,1\n", "t,x\n" + ",\n" * 60_000])
+def test_rows_of_nothing_take_no_time(content):
+    begin = time.monotonic()
+    rnn.read_table(content)
+    assert time.monotonic() - begin < 5
+
+
 def test_a_long_text_is_not_unpacked_beyond_the_limit(written, monkeypatch):
     monkeypatch.setattr(rnn, "MOST_BYTES", 1000)
     with pytest.raises(rnn.InputError, match="more than 1,000 bytes"):
@@ -360,6 +374,14 @@ def test_data_from_python_are_as_those_of_a_file(kind, given, written):
     assert torch.equal(data.test.targets, expected.test.targets)
 
 
+def test_run_takes_data_from_python(tmp_path, no_figures):
+    options = {"quick": True, "models": ["GRU"], "epochs": 1, "output_dir": tmp_path}
+    table = pd.DataFrame({"day": pd.date_range("2022-01-01", periods=300), "price": WAVE})
+    results = rnn.run(tasks=["forecaster"], series=table["price"], **options)
+    assert results.failed == 0 and set(results.scores["kind"]) == {"model", "baseline"}
+    assert "On series, by MSE" in (tmp_path / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("kind", "given"),
     [
@@ -434,6 +456,7 @@ def sine_with(row):
         ("series", "x\n1\n2\n", "2 values; three splits need 48 or more"),
         ("series", "x\n" + "7\n" * 500, "constant over its first 70%, the training part"),
         ("series", "x\n1e200\n-1e200\n" + "7\n" * 500, "or too large"),
+        ("series", "x\n" + "7\n8\n" * 250 + "1e300\n", "too large for single precision"),
         (
             "series",
             "x\n" + "a\n" * 500,

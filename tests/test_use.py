@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -157,6 +158,20 @@ def test_predict_continues_a_series(checkpoint, capsys, tmp_path):
     assert header == "step,value" and [row.split(",")[0] for row in rows] == ["1", "2", "3"]
 
 
+def test_an_input_that_begins_with_a_minus_is_no_option(checkpoint, capsys):
+    source = "-1\n-2.5\n-3"
+    assert predict(capsys, checkpoint("forecaster"), source, "--length", 1)[0] == "step,value"
+    assert rnn.main(["--length", "1", "--predict", str(checkpoint("forecaster")), source]) == 0
+    capsys.readouterr()
+    assert "--predict" in refusal(["--predict", str(checkpoint("forecaster"))], capsys)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="devices")  # noqa: PTH110
+def test_only_files_and_pipes_are_read(checkpoint, capsys):
+    refusal(["--predict", str(checkpoint("classifier")), "/dev/zero"], capsys)
+    refusal(["--predict", "/dev/zero", "text"], capsys)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes with names")
 def test_predict_reads_a_pipe_once(checkpoint, capsys, tmp_path):
     pipe, lines = tmp_path / "pipe", "plot was moving\nplot was dull\n"
@@ -226,7 +241,7 @@ def test_a_hostile_checkpoint_runs_no_code(checkpoint, tmp_path, capsys):
 
 def change(content, *path, to):
     """`content` with the value at `path` replaced."""
-    content = dict(content)
+    content = content.copy()
     content[path[0]] = change(content[path[0]], *path[1:], to=to) if len(path) > 1 else to
     return content
 
@@ -253,9 +268,14 @@ def change(content, *path, to):
         ("classifier", ["preprocessing", "labels"], "ab", ""),
         ("classifier", ["preprocessing", "max_words"], 0, ""),
         ("predictor", ["preprocessing", "vocabulary"], ["<pad>", "<unk>", "a"], "3 words for"),
+        ("predictor", ["preprocessing", "vocabulary", 3], "the", ""),
         ("predictor", ["preprocessing", "window"], 0, ""),
         ("predictor", ["preprocessing", "window"], 5.5, ""),
         ("forecaster", ["preprocessing", "scaler", "std"], 0.0, ""),
+        ("forecaster", ["preprocessing", "scaler", "std"], "1", "scaler"),
+        ("forecaster", ["preprocessing", "scaler", "mean"], torch.ones(1), "scaler"),
+        ("forecaster", ["preprocessing", "scaler", "range"], [2.0, 1.0], "scaler"),
+        ("forecaster", ["preprocessing", "more"], 1, ""),
         ("forecaster", ["preprocessing"], {}, ""),
     ],
 )
@@ -292,6 +312,38 @@ def test_a_small_checkpoint_that_asks_for_gigabytes_is_refused_without_using_the
         rnn.load_checkpoint(path)
     assert path.stat().st_size < 1e6
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_is_noticed(place, checkpoint, tmp_path, capsys):
+    content = bytearray(checkpoint("forecaster").read_bytes())
+    content[int(place * len(content))] ^= 4
+    (tmp_path / "flipped.pt").write_bytes(content)
+    refusal(["--predict", str(tmp_path / "flipped.pt"), "1"], capsys)
+
+
+def test_what_would_fill_the_memory_is_refused_before(checkpoint, tmp_path):
+    content = torch.load(checkpoint("forecaster"), weights_only=True)
+    torch.save(content, tmp_path / "plain.pt")
+    pack(tmp_path / "plain.pt", tmp_path / "packed.pt", zipfile.ZIP_DEFLATED)
+    (tmp_path / "old.pt").write_bytes(b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.")
+    torch.save({"a": bytearray(10)}, tmp_path / "array.pt")
+    size = int.from_bytes(b"\x7f\xff\xff\xff", "big")
+    hostile = b"\x80\x02cbuiltins\nbytearray\nJ" + size.to_bytes(4, "little") + b"\x85R."
+    pack(tmp_path / "plain.pt", tmp_path / "pickled.pt", zipfile.ZIP_STORED, hostile)
+    for name in ("packed", "old", "array", "pickled"):
+        with pytest.raises(rnn.InputError, match="not a model that this script can use"):
+            rnn.load_checkpoint(tmp_path / f"{name}.pt")
+    pack(tmp_path / "plain.pt", tmp_path / "same.pt", zipfile.ZIP_STORED)
+    rnn.check_archive(tmp_path / "same.pt")
+
+
+def pack(source, target, compression, pickled=None):
+    """The archive of a checkpoint written anew, with another pickle if one is given."""
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w", compression) as other:
+        for entry in archive.infolist():
+            is_pickle = pickled and entry.filename.endswith("/data.pkl")
+            other.writestr(entry.filename, pickled if is_pickle else archive.read(entry))
 
 
 def test_damaged_checkpoints_and_random_bytes_are_loaded_or_refused(checkpoint, tmp_path):
