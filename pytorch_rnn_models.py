@@ -1018,8 +1018,8 @@ def time_columns(table):
 
     first = table.columns[:1]  # elsewhere plain numbers are values
     dates = those_of(r"^(?!-?\d+[.,]?\d*$).*(?:\b(?:19|20)\d\d\b|\d[-/.]\d+[-/.]\d)")
-    dates = those_of(r"^(?:1[89]|20)\d\d(?:\d{4})?$|^1\d{9}(?:\d{3})?$", first) or dates
-    return dates[:1] + those_of(r"^\d\d?:\d\d")[:1]
+    dates = those_of(r"^(?:1[5-9]|20)\d\d(?:\d{4})?$|^1\d{9}(?:\d{3})?$", first) or dates
+    return dates[:1] + those_of(r"^\d\d?:\d\d|^\d\d\.\d\d\.\d\d$")[:1]
 
 
 def read_times(table):
@@ -1027,7 +1027,10 @@ def read_times(table):
     columns = time_columns(table)
     readings = []
     if columns:
-        cells = table[columns].agg(" ".join, axis=1)
+        cells = table[columns[0]]
+        if len(columns) == 2:
+            clock = table[columns[1]].str.replace(".", ":")
+            cells = cells + " " + clock
         if cells.str.fullmatch(r"\d{10,13}").all():
             seconds = cells.astype(float)
             readings.append(pd.to_datetime(seconds, unit="s" if seconds.max() < 1e11 else "ms"))
