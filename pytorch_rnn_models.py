@@ -4509,8 +4509,10 @@ def run(
 
     The settings are the options of the command line; `--help` says what each does, and what None
     stands for. Tasks, models and seeds are sequences; files and `output_dir`, into which all is
-    written, are paths or their names. Returns `Results`. Raises InputError, RuntimeError (no run
-    came to its end), OSError.
+    written, are paths or their names. In place of a file there may be data: `reviews` (texts,
+    labels) or a data frame; `corpus` a text of 256 characters or more, or lines; `series` values
+    (N,), or columns of pandas, also with times as their index. Returns `Results`. Raises
+    InputError, RuntimeError (no run came to its end), OSError.
     """
     options = dict(locals())
     if getattr(multiprocessing.current_process(), "_inheriting", False):
