@@ -4264,7 +4264,8 @@ def draw_figures(folder, figures):
         path = folder / f"pytorch_rnn_{name}.png"
         content = io.BytesIO()
         try:
-            with rc_context(STYLE):
+            with rc_context(STYLE), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph")  # no font has the letters of all scripts
                 figure = draw()
                 figure.savefig(content, format="png")
         except Exception as error:
