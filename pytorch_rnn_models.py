@@ -790,6 +790,7 @@ MISSING = ("", "na", "nan", "null", "none")  # cells without a value, in lower c
 SEPARATORS = {";": "semicolons", "\t": "tabs", ",": "commas"}
 MOST_BYTES = 500_000_000  # of a text, unpacked
 DAY = 86_400  # seconds
+CALENDAR = {"year": "", "month": "1", "day": "1", "hour": "0", "minute": "00"}  # else the value
 
 
 def read_text(path):
@@ -982,7 +983,9 @@ def read_numbers(cells, separator):
     plain = cells.str.replace("\u2212", "-").str.replace(around, r"\1", regex=True)
     readings = []
     for grouping, decimal in (",.", ".,"):
-        pattern = rf"[-+]?[1-9]\d{{0,2}}(?:\{grouping}\d{{3}})+(?:\{decimal}\d*)?"
+        # the last group has three digits, in India the others have two
+        start = rf"[-+]?[1-9]\d{{0,2}}(?:\{grouping}\d\d\d?)*"
+        pattern = rf"{start}\{grouping}\d{{3}}(?:\{decimal}\d*)?"
         groups = plain.str.fullmatch(pattern)
         without = plain.mask(groups, plain.str.replace(grouping, ""))
         without = without.mask(without.str.contains(grouping, regex=False), "")
@@ -1017,9 +1020,12 @@ def time_columns(table):
         return [i for i in columns if sample[i].str.contains(pattern).mean() > 0.9]
 
     first = table.columns[:1]  # elsewhere plain numbers are values
-    dates = those_of(r"^(?!-?\d+[.,]?\d*$).*(?:\b(?:19|20)\d\d\b|\d[-/.]\d+[-/.]\d)")
+    year = r"(?<!\d)(?:19|20)\d\d(?!\d)"
+    day = r"\d[-/.]\d+[-/.]\d|\d[-/. ][A-Za-z]{3}[-/. ]\d\d$"
+    dates = those_of(rf"^(?!-?\d+[.,]?\d*$).*(?:{year}|{day})")
     dates = those_of(r"^(?:1[5-9]|20)\d\d(?:\d{4})?$|^1\d{9}(?:\d{3})?$", first) or dates
-    return dates[:1] + those_of(r"^\d\d?:\d\d|^\d\d\.\d\d\.\d\d$")[:1]
+    others = table.columns.difference(dates[:1])
+    return dates[:1] + those_of(r"^\d\d?:\d\d|^\d\d\.\d\d\.\d\d$", others)[:1]
 
 
 def read_times(table):
@@ -1039,15 +1045,22 @@ def read_times(table):
                 times = pd.to_datetime(cells, errors="coerce", utc=True, dayfirst=day_first)
             readings.append(times.dt.tz_localize(None))
     readings = [times.dropna() for times in readings if times.notna().mean() > 0.9]
-    return min(readings, key=lambda times: (times.diff() <= pd.Timedelta(0)).sum(), default=None)
+
+    def turns(times):  # the right reading rises or falls throughout
+        falls = (times.diff().iloc[1:] <= pd.Timedelta(0)).sum()
+        return min(falls, len(times) - 1 - falls)
+
+    return min(readings, key=turns, default=None)
 
 
 def check_times(times):
     """Notes on the times of a series, its gaps; raises InputError unless all rise."""
     steps = times.diff().dt.total_seconds().iloc[1:]
     back = steps.index[steps <= 0]
-    if len(back):
-        row = back[0]
+    row = back[0] if len(back) else None
+    # twice the same hour in autumn is no fault
+    is_clock = (steps[back] > -3601).all() and steps.median() <= 3600
+    if len(back) and (not is_clock or len(back) > 1 + (times.max() - times.min()).days / 180):
         raise InputError(
             f"row {row}: {times[row]:%Y-%m-%d %H:%M:%S} is not later than the row before it. If "
             "there are several series in the column, keep one; else put the rows in order of time"
@@ -1060,13 +1073,16 @@ def check_times(times):
     else:
         lengths = steps
     gaps = lengths.index[lengths > 1.5 * lengths.median()]
+    notes = []
+    if row:
+        notes.append(f"the times go back at row {row}, by an hour or less: a change of the clock?")
     if len(gaps):
         wait = pd.Timedelta(seconds=steps[gaps[0]])
-        return [
+        notes.append(
             f"gaps in time ({len(gaps)}), the first of {wait} before row {gaps[0]}: a model does "
             "not see them, for it counts rows"
-        ]
-    return []
+        )
+    return notes
 
 
 def check_codes(values):
@@ -1081,7 +1097,9 @@ def check_codes(values):
         distance = np.abs(rest - code).min()
         others = values[values != code]
         is_only_negative = code < 0 <= rest[0] and distance > 0.1 * np.ptp(rest)
-        if count >= 3 and (is_only_negative or distance > 3 * others.std()):
+        is_usual = set(f"{code:g}") <= set("-9.")  # once is enough of -9999
+        is_far = is_only_negative or distance > 3 * others.std()
+        if is_far and (is_usual or count >= 3):
             raise InputError(
                 f"{code:g} stands there {count:,} times, far from all other values "
                 f"({rest[0]:g} to {rest[-1]:g}): if it means that a value is missing, put values in"
@@ -1108,10 +1126,11 @@ def read_series(text, column=""):
         table = table.loc[first:]
     else:
         header = [str(i) for i in range(1, len(header) + 1)]
-    number = r"\W*\d[\d.,\s'’]*(?:e[-+]?\d+)?\s*[%$€£¥₹]?"
+    number = r"(?!\d\d?\.\d\d?\.)\W*\d[\d.,\s'’]*(?:e[-+]?\d+)?\s*[%$€£¥₹]?"
     numeric = [i for i in table if table[i].head(1000).str.fullmatch(number).mean() > 0.5]
     if len(numeric) > 1:
-        numeric = [i for i in numeric if i not in time_columns(table)]
+        of_time = time_columns(table)
+        numeric = [i for i in numeric if i not in of_time and header[i].lower() not in CALENDAR]
     if column:
         place = find_column(header, column, (), "series")
     elif len(numeric) == 1:
@@ -1131,7 +1150,18 @@ def read_series(text, column=""):
             found = "no value"
         raise InputError(f"row {row} holds {found} in the column {header[place]!r}")
     values = numbers.to_numpy(dtype=float, copy=True)
-    times = read_times(table.drop(columns=place))
+    others = table.drop(columns=place)
+    parts = {header[i].lower(): i for i in others if header[i].lower() in CALENDAR}
+    if "year" in parts and not time_columns(others.drop(columns=list(parts.values()))):
+        year, month, day, hour, minute = (
+            others[parts[name]] if name in parts else default for name, default in CALENDAR.items()
+        )
+        others = DataFrame({0: year + "-" + month + "-" + day + " " + hour + ":" + minute})
+    times = read_times(others)
+    unread = others.index if times is None else others.index.difference(times.index)
+    if len(unread) and time_columns(others):
+        cell = others.loc[unread[-1], time_columns(others)[0]]
+        notes.append(f"row {unread[-1]} holds no time that can be read ({cell!r})")
     if times is not None:
         if times.diff().max() < pd.Timedelta(0):
             times = times[::-1]
@@ -4437,16 +4467,19 @@ def user_data(option, given, columns=()):
             text = given if isinstance(given, str) else "\n".join(given)
         elif option == "reviews" and not isinstance(given, DataFrame):
             texts, labels = given
-            text = DataFrame({"text": list(texts), "label": list(labels)}).to_csv(index=False)
+            text = DataFrame({"text": list(texts), "label": list(labels)}).to_csv(
+                index=False, lineterminator="\r\n"
+            )
         else:
             table = DataFrame(given)  # names that are numbers would be taken for values
             table.columns = [name if isinstance(name, str) else f"x{name}" for name in table]
-            text = table.to_csv(index=not isinstance(table.index, pd.RangeIndex))
-    except (TypeError, ValueError) as error:
+            is_named = not isinstance(table.index, pd.RangeIndex)
+            text = table.to_csv(index=is_named, lineterminator="\r\n")
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{option}: {first_line(error)}; a path is needed, or (texts, labels), a text, values"
         ) from error
-    return UserData(option, text, tuple(columns))
+    return UserData(option, text, tuple(map(str, columns)))
 
 
 def configure(options):

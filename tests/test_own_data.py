@@ -39,6 +39,7 @@ def series_csv(n=500):
 
 
 DAYS = pd.date_range("2022-01-01", periods=60)
+PANEL = "entity,year,x\n" + "\n".join(f"{e},{1960 + i},{i}.5" for e in "AB" for i in range(10))
 
 
 def dated(times, instead=()):
@@ -224,6 +225,14 @@ def test_series_with_and_without_header_and_blank_lines_around(text, column, val
         ("time,x\n1656633600,1\n1656637200,2\n", "", [1, 2]),
         ("date,x\n20220131,1\n20220201,2\n", "", [1, 2]),
         ("1749,5.0\n1750,7.0\n1751,6.0\n", "2", [5, 7, 6]),
+        ('t,x\na,"12,34,567.00"\nb,"1,200"\n', "", [1234567, 1200]),
+        ("year,month,x\n2020,11,1\n2020,12,2\n2021,1,3\n", "x", [1, 2, 3]),
+        (
+            "d,x\n03/01/20,1\n29/02/20,2\n28/02/20,3\n"[:0] + "d,x\n29/02/20,1\n28/02/20,2\n",
+            "",
+            [2, 1],
+        ),
+        ("d,x\n02-Mar-20,1\n29-Feb-20,2\n28-Feb-20,3\n", "", [3, 2, 1]),
     ],
 )
 def test_numbers_in_one_notation_and_columns_by_place(text, column, values):
@@ -304,6 +313,13 @@ def test_times_are_even_or_it_is_said(times, notes):
     assert values[0] == (0 if times[0] < times[1] else (len(times) - 1) % 13)
     if notes and times[0] < times[1]:
         assert "the first of 4 days" in said[0] and "row 11" in said[0]
+
+
+def test_an_hour_twice_in_autumn_and_times_that_cannot_be_read_are_said():
+    hours = pd.date_range("2022-10-29", periods=60, freq="h", tz="Europe/Berlin").tz_localize(None)
+    assert "row 29" in rnn.read_series(dated(hours))[1][0]
+    text = dated(DAYS) + "\nTotal,12"
+    assert "row 62 holds no time that can be read ('Total')" in rnn.read_series(text)[1]
 
 
 def test_an_extreme_value_is_no_code_if_it_is_rare_or_near_the_others():
@@ -474,6 +490,8 @@ def sine_with(row):
         ("series", 't,x\na,"1,029"\nb,"1,345"\n', "'1,029' may be 1029 or 1.029"),
         ("series", dated(2 * [day] for day in DAYS), "row 3: 2022-01-01 00:00:00 is not later"),
         ("series", dated([*DAYS[:9], *DAYS[:9]]), "row 11: 2022-01-01 00:00:00 is not later"),
+        ("series", PANEL, "row 12: 1960-01-01 00:00:00 is not later"),
+        ("series", dated([[day] for day in DAYS], {9: -9999}), "-9999 stands there 1 times"),
         ("series", dated([[day] for day in DAYS], {7: -999, 9: -999, 20: -999}), "-999 stands"),
     ],
 )
