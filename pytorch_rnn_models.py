@@ -881,6 +881,12 @@ def read_table(text):
     first = next((i for i, row in enumerate(rows) if not is_title(row)), 0)
     while rows[1:] and not "".join(rows[-1]).strip():  # spreadsheets add rows of nothing
         rows.pop()
+    above = rows[first - 1] if first else []
+    if above and len(above) == width > 1 and re.match(r"\W*\d", rows[first][0]):
+        first -= 1  # a header behind a comment sign
+        rows[first][0] = above[0].lstrip("# ")
+    if len(rows[first]) == width - 1 > 0 and all(len(row) == width for row in rows[first + 1 :]):
+        rows[first].insert(0, "")  # R gives the names of the rows no header
     titles = [" ".join(row)[:60].strip() for row in rows[:first] if row]
     notes = [f"above the table, left out: {some(titles)}"] if titles else []
     for number, row in enumerate(rows[first:], start=first + 1):
@@ -1126,6 +1132,8 @@ def read_series(text, column=""):
         table = table.loc[first:]
     else:
         header = [str(i) for i in range(1, len(header) + 1)]
+    if len(header) == 1 and table[0].str.contains(r"\S\s+\S").mean() > 0.5:
+        raise InputError("one column of cells with blanks in them; save it with commas")
     number = r"(?!\d\d?\.\d\d?\.)\W*\d[\d.,\s'’]*(?:e[-+]?\d+)?\s*[%$€£¥₹]?"
     numeric = [i for i in table if table[i].head(1000).str.fullmatch(number).mean() > 0.5]
     if len(numeric) > 1:
@@ -4472,9 +4480,9 @@ def user_data(option, given, columns=()):
             )
         else:
             table = DataFrame(given)  # names that are numbers would be taken for values
-            table.columns = [name if isinstance(name, str) else f"x{name}" for name in table]
+            table.columns = [re.sub(r"^(?=\d)", "x", str(name)) for name in table]
             is_named = not isinstance(table.index, pd.RangeIndex)
-            text = table.to_csv(index=is_named, lineterminator="\r\n")
+            text = table.to_csv(index=is_named, na_rep="nan", lineterminator="\r\n")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{option}: {first_line(error)}; a path is needed, or (texts, labels), a text, values"

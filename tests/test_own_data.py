@@ -226,6 +226,8 @@ def test_series_with_and_without_header_and_blank_lines_around(text, column, val
         ("date,x\n20220131,1\n20220201,2\n", "", [1, 2]),
         ("1749,5.0\n1750,7.0\n1751,6.0\n", "2", [5, 7, 6]),
         ('t,x\na,"12,34,567.00"\nb,"1,200"\n', "", [1234567, 1200]),
+        ("#d,x,y\n2020-01-01,1,2\n2020-01-02,3,4\n", "y", [2, 4]),
+        ('"x","y"\n"1",5,6\n"2",7,8\n', "y", [6, 8]),
         ("year,month,x\n2020,11,1\n2020,12,2\n2021,1,3\n", "x", [1, 2, 3]),
         (
             "d,x\n03/01/20,1\n29/02/20,2\n28/02/20,3\n"[:0] + "d,x\n29/02/20,1\n28/02/20,2\n",
@@ -373,6 +375,7 @@ WAVE = np.sin(np.arange(300) / 5)
         ("corpus", corpus_txt().split()),
         ("series", WAVE),
         ("series", WAVE.tolist()),
+        ("series", pd.Series(WAVE, name="2020")),
         ("series", pd.Series(WAVE, pd.date_range("2022-01-01", periods=300))),
         ("series", pd.DataFrame({"day": pd.date_range("2022-01-01", periods=300), "y": WAVE})),
     ],
@@ -490,6 +493,11 @@ def sine_with(row):
         ("series", 't,x\na,"1,029"\nb,"1,345"\n', "'1,029' may be 1029 or 1.029"),
         ("series", dated(2 * [day] for day in DAYS), "row 3: 2022-01-01 00:00:00 is not later"),
         ("series", dated([*DAYS[:9], *DAYS[:9]]), "row 11: 2022-01-01 00:00:00 is not later"),
+        (
+            "series",
+            "\n".join(f"{i} {i}23" for i in range(1, 60)),
+            "one column of cells with blanks",
+        ),
         ("series", PANEL, "row 12: 1960-01-01 00:00:00 is not later"),
         ("series", dated([[day] for day in DAYS], {9: -9999}), "-9999 stands there 1 times"),
         ("series", dated([[day] for day in DAYS], {7: -999, 9: -999, 20: -999}), "-999 stands"),
