@@ -4371,7 +4371,7 @@ def make_report(folder, failed=0):
         own_examples, own_runs, own_scores, own_comparisons = tables
         texts.append(task_text(task, baselines, *tables, config[name]))
         file = config[name]["file"]
-        if file:
+        if file and baselines:
             answers.append(answer(task, own_scores, own_runs, own_comparisons, file))
         draw = partial(training_history_figure, own_runs, history, task)
         figures[f"{name}_training_history"] = draw

@@ -234,6 +234,8 @@ def test_summary_and_terminal_begin_with_the_answer(run_on):
     (printed, _), out = run_on("series", monthly_csv())
     for text in (printed, (out / "pytorch_rnn_summary.md").read_text(encoding="utf-8")):
         assert text.startswith("# RNN, LSTM and GRU: results\n\nOn my.csv, by MSE")
+    (out / "runs" / "forecaster_baselines_seed42.json").unlink()
+    assert rnn.main(["--report", "--output-dir", str(out)]) == 0, "there is no answer without them"
 
 
 # --- labels ---------------------------------------------------------------------------
