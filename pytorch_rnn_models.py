@@ -155,7 +155,11 @@ class Training:
             )
 
     def batch_size_for(self, n_examples):
-        """A twentieth of few examples, but 16: on series of 150 values it halved some errors."""
+        """A twentieth of few examples, but 16.
+
+        Of two monthly series of 108 and 118 values it lowered the MSE of one by 31 (RNN), 36 (LSTM)
+        and 11 % (GRU), and left the other's within 4 %.
+        """
         return min(self.batch_size, max(16, n_examples // 20))
 
 
@@ -519,14 +523,16 @@ def generate_reviews(config, rng):
 
     # an aside for each phrase
     is_named = rng.random(n) < config.name_rate
-    surnames = [
-        head + middle + tail for tail, middle, head in product(NAME_TAILS, NAME_MIDDLES, NAME_HEADS)
-    ]
+    shape = (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS))
     # a log-uniform rank is Zipf-distributed
-    rank = (len(surnames) ** rng.random(n)).astype(int) - 1
+    rank = (math.prod(shape) ** rng.random(n)).astype(int) - 1
     # a prime: neighbours in rank do not look alike
-    named = np.take(surnames, rank * 7919 % len(surnames))
-    characters = np.where(is_named, named, draw(CHARACTERS))
+    parts = np.unravel_index(rank * 7919 % math.prod(shape), shape)
+    surnames = [
+        NAME_HEADS[head] + NAME_MIDDLES[middle] + NAME_TAILS[tail]
+        for tail, middle, head in zip(*parts)
+    ]
+    characters = np.where(is_named, surnames, draw(CHARACTERS))
     asides = draw(CONJUNCTIONS) + " " + characters + " " + draw(VERBS)
 
     # sentences of a few phrases: the tokenizer takes their ends out again
@@ -1034,39 +1040,56 @@ def time_columns(table):
     return dates[:1] + those_of(r"^\d\d?:\d\d|^\d\d\.\d\d\.\d\d$", others)[:1]
 
 
-def read_times(table):
-    """The times (N,) of the rows of a table, from its `time_columns`; None if there are none."""
+def read_times(table, header):
+    """The times (N,) of the rows of a table, None if it has none, and notes.
+
+    They stand in its `time_columns`, or in columns that are called as in `CALENDAR`.
+    """
     columns = time_columns(table)
-    readings = []
-    if columns:
+    parts = {header[i].lower(): i for i in table if header[i].lower() in CALENDAR}
+    if "year" in parts and not time_columns(table.drop(columns=list(parts.values()))):
+        year, month, day, hour, minute = (
+            table[parts[name]] if name in parts else default for name, default in CALENDAR.items()
+        )
+        cells = year + "-" + month + "-" + day + " " + hour + ":" + minute
+    elif columns:
         cells = table[columns[0]]
         if len(columns) == 2:
             clock = table[columns[1]].str.replace(".", ":")
             cells = cells + " " + clock
-        if cells.str.fullmatch(r"\d{10,13}").all():
-            seconds = cells.astype(float)
-            readings.append(pd.to_datetime(seconds, unit="s" if seconds.max() < 1e11 else "ms"))
-        for day_first in (False, True):  # 13/02 is what it must be
-            with warnings.catch_warnings(action="ignore"):
-                times = pd.to_datetime(cells, errors="coerce", utc=True, dayfirst=day_first)
-            readings.append(times.dt.tz_localize(None))
+    else:
+        return None, []
+    readings = []
+    if cells.str.fullmatch(r"\d{10,13}").all():
+        seconds = cells.astype(float)
+        readings.append(pd.to_datetime(seconds, unit="s" if seconds.max() < 1e11 else "ms"))
+    for day_first in (False, True):  # 13/02 is what it must be
+        with warnings.catch_warnings(action="ignore"):
+            times = pd.to_datetime(cells, errors="coerce", utc=True, dayfirst=day_first)
+        readings.append(times.dt.tz_localize(None))
     readings = [times.dropna() for times in readings if times.notna().mean() > 0.9]
 
     def turns(times):  # the right reading rises or falls throughout
         falls = (times.diff().iloc[1:] <= pd.Timedelta(0)).sum()
         return min(falls, len(times) - 1 - falls)
 
-    return min(readings, key=turns, default=None)
+    times = min(readings, key=turns, default=None)
+    unread = cells.index if times is None else cells.index.difference(times.index)
+    if len(unread):
+        row = unread[-1]
+        return times, [f"row {row} holds no time that can be read ({cells[row]!r})"]
+    return times, []
 
 
 def check_times(times):
     """Notes on the times of a series, its gaps; raises InputError unless all rise."""
     steps = times.diff().dt.total_seconds().iloc[1:]
     back = steps.index[steps <= 0]
-    row = back[0] if len(back) else None
-    # twice the same hour in autumn is no fault
-    is_clock = (steps[back] > -3601).all() and steps.median() <= 3600
-    if len(back) and (not is_clock or len(back) > 1 + (times.max() - times.min()).days / 180):
+    # the same hour twice in autumn is no fault
+    autumns = 1 + (times.max() - times.min()).days / 180
+    is_hour = (steps[back] > -3601).all() and steps.median() <= 3600
+    if len(back) and not (is_hour and len(back) <= autumns):
+        row = back[0]
         raise InputError(
             f"row {row}: {times[row]:%Y-%m-%d %H:%M:%S} is not later than the row before it. If "
             "there are several series in the column, keep one; else put the rows in order of time"
@@ -1080,8 +1103,10 @@ def check_times(times):
         lengths = steps
     gaps = lengths.index[lengths > 1.5 * lengths.median()]
     notes = []
-    if row:
-        notes.append(f"the times go back at row {row}, by an hour or less: a change of the clock?")
+    if len(back):
+        notes.append(
+            f"the times go back at row {back[0]}, by an hour or less: a change of the clock?"
+        )
     if len(gaps):
         wait = pd.Timedelta(seconds=steps[gaps[0]])
         notes.append(
@@ -1158,18 +1183,8 @@ def read_series(text, column=""):
             found = "no value"
         raise InputError(f"row {row} holds {found} in the column {header[place]!r}")
     values = numbers.to_numpy(dtype=float, copy=True)
-    others = table.drop(columns=place)
-    parts = {header[i].lower(): i for i in others if header[i].lower() in CALENDAR}
-    if "year" in parts and not time_columns(others.drop(columns=list(parts.values()))):
-        year, month, day, hour, minute = (
-            others[parts[name]] if name in parts else default for name, default in CALENDAR.items()
-        )
-        others = DataFrame({0: year + "-" + month + "-" + day + " " + hour + ":" + minute})
-    times = read_times(others)
-    unread = others.index if times is None else others.index.difference(times.index)
-    if len(unread) and time_columns(others):
-        cell = others.loc[unread[-1], time_columns(others)[0]]
-        notes.append(f"row {unread[-1]} holds no time that can be read ({cell!r})")
+    times, more = read_times(table.drop(columns=place), header)
+    notes.extend(more)
     if times is not None:
         if times.diff().max() < pd.Timedelta(0):
             times = times[::-1]
@@ -1858,10 +1873,11 @@ def check_archive(path):
     size = Path(path).stat().st_size
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if any(each.compress_type for each in entries) or archive.testzip():
-            raise InputError("damaged: a checksum is wrong")
-        if sum(each.file_size for each in entries) > size:
+        is_packed = any(each.compress_type for each in entries)
+        if is_packed or sum(each.file_size for each in entries) > size:
             raise InputError("it would need more memory than its size")
+        if archive.testzip():
+            raise InputError("damaged: a checksum is wrong")
         [pickled] = [each for each in entries if each.filename.endswith("/data.pkl")]
         content = archive.read(pickled)
     for operation, argument, _ in pickletools.genops(content):
@@ -2040,7 +2056,6 @@ def build_reviews(config, seed, device=CPU):
 
     tested = kept[parts[2]]
     truth = labels[parts[2]]
-    unknown = (test.inputs == 1).sum().item() / test.lengths.sum().item()
     examples = DataFrame({"truth": names[truth], "text": [reviews.texts[i] for i in tested]})
     ceilings = {}
     change = None
@@ -2076,7 +2091,7 @@ def build_reviews(config, seed, device=CPU):
             "mean length (words)": np.mean([len(review) for review in words]),
             "distinct words": len(set().union(*words)),
             "vocabulary": len(vocabulary),
-            UNKNOWN_SHARE: unknown,
+            UNKNOWN_SHARE: (test.inputs == 1).sum().item() / test.lengths.sum().item(),
         },
         examples=examples,
         spell=partial(np.take, names),
@@ -4603,8 +4618,12 @@ def run(
     rates = {}
     for task, model in pairs:
         rates[task, model] = learning_rate or CELLS[cell_name(model)].learning_rates[task]
-    tuned = [name for name in experiment.tasks if tune or config[name].file]
-    if tuned and tune is not False and not learning_rate and (tune or not quick):
+    tuned = []
+    if tune:
+        tuned = experiment.tasks
+    elif tune is None and not learning_rate and not quick:
+        tuned = [name for name in experiment.tasks if config[name].file]
+    if tuned:
         found, table = tune_rates(experiment, tuned, RATES[4:6] if quick else RATES[4:7])
         rates = {pair: rate for pair, rate in rates.items() if pair[0] not in tuned} | found
         write_table(folder, "tuning", table)
