@@ -3040,21 +3040,8 @@ def complete_run(run, experiment, on_epoch):
 # --- many runs ------------------------------------------------------------------------
 
 
-def attempt(run, experiment, on_epoch):
-    """Do a run; returns the error that ended it, a RuntimeError if it is one of this run alone."""
-    try:
-        complete_run(run, experiment, on_epoch)
-    except Diverged as error:
-        return error
-    except (RuntimeError, MemoryError) as error:
-        return RuntimeError(first_line(error))  # torch's own may not pass through a pipe
-    except Exception as error:
-        return error
-    return None
-
-
-def serve_attempt(pipe, run, experiment):
-    """In a process of its own: send the row of each epoch, and at last what `attempt` returns."""
+def serve_run(pipe, run, experiment):
+    """In a process of its own: send the row of each epoch, and at last the error, if there was."""
     server = os.getppid()  # the process that starts all others
 
     def end_with_parents():
@@ -3064,43 +3051,42 @@ def serve_attempt(pipe, run, experiment):
         os._exit(1)
 
     threading.Thread(target=end_with_parents, daemon=True).start()
-    with suppress(ConnectionError):
-        pipe.send(attempt(run, experiment, pipe.send))
-
-
-def start_process(process, tries=20):
-    """Start a process; the server that starts it may have died, which is noticed after a while."""
-    for left in reversed(range(tries)):
-        try:
-            return process.start()
-        except (EOFError, ConnectionError):
-            if not left:
-                raise
-            time.sleep(0.1)
-
-
-def attempt_in_child(run, experiment, on_epoch, context):
-    """What `attempt` returns, from a process of its own, whose crash costs this run alone."""
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=serve_attempt, args=(sender, run, experiment), daemon=True)
+    ended = None
     try:
-        start_process(process)
+        complete_run(run, experiment, pipe.send)
+    except Exception as error:
+        ended = error
+        if isinstance(error, RuntimeError) and not isinstance(error, Diverged):
+            ended = RuntimeError(first_line(error))  # torch's own may not pass through a pipe
+    with suppress(ConnectionError):
+        pipe.send(ended)
+
+
+def complete_in_child(run, experiment, on_epoch, context):
+    """`complete_run` in a process of its own, whose crash costs this run alone."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=serve_run, args=(sender, run, experiment), daemon=True)
+    try:
+        process.start()
         sender.close()
-        while True:
+        message = receiver.recv()
+        while isinstance(message, dict):  # the row of an epoch
+            on_epoch(message)
             message = receiver.recv()
-            if not isinstance(message, dict):
-                return message  # what `attempt` returned
-            on_epoch(run, message)  # the row of an epoch
     except (EOFError, ConnectionError):  # the process was killed, or the one that starts it
         if process.pid:
             process.join()
+        else:
+            time.sleep(1)  # the next run starts another
+        message = RuntimeError(
+            f"its process ended with status {process.exitcode}; killed, or out of memory?"
+        )
     if process.exitcode == NO_GUARD:  # `run` says so in a child
-        return InputError(
+        message = InputError(
             'call main() or run() under `if __name__ == "__main__":`, or with one worker'
         )
-    return RuntimeError(
-        f"its process ended with status {process.exitcode}; killed, or out of memory?"
-    )
+    if message:
+        raise message
 
 
 def block_signals():
@@ -3111,11 +3097,11 @@ def block_signals():
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
 
 
-def attempt_all(runs, experiment, workers, on_epoch):
-    """Do the runs, `workers` at a time; yields each as it ends, with the error that ended it."""
+def results_of(runs, experiment, workers, on_epoch):
+    """Do the runs, `workers` at a time; yields each with a function that raises what ended it."""
     if workers == 1:
         for run in runs:
-            yield run, attempt(run, experiment, partial(on_epoch, run))
+            yield run, partial(complete_run, run, experiment, partial(on_epoch, run))
         return
     load_data.cache_clear()  # from here on the processes hold the data
     # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was
@@ -3128,9 +3114,10 @@ def attempt_all(runs, experiment, workers, on_epoch):
     futures = {}
     try:
         for run in runs:
-            futures[pool.submit(attempt_in_child, run, experiment, on_epoch, context)] = run
+            told = partial(on_epoch, run)
+            futures[pool.submit(complete_in_child, run, experiment, told, context)] = run
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            yield futures[future], future.result
     finally:  # after an error or an interruption some are left
         pool.shutdown(wait=False, cancel_futures=True)
         while not all(future.done() for future in futures):
@@ -3191,15 +3178,16 @@ def complete_runs(runs, experiment):
         )
 
     failures = {}
-    ended = attempt_all(runs, experiment, workers, on_epoch)
-    with bar, closing(ended):
-        for n, (run, error) in enumerate(ended, start=1):
-            if error and not isinstance(error, RuntimeError):
-                raise error  # no failure of this run alone
-            left[run] = 0
-            if error:
+    results = results_of(runs, experiment, workers, on_epoch)
+    with bar, closing(results):
+        for n, (run, result) in enumerate(results, start=1):
+            try:
+                result()
+            except (RuntimeError, MemoryError) as error:  # of this run alone
                 failures[run] = error
-                show_progress(f"failed: {run}: {error}")
+            left[run] = 0
+            if run in failures:
+                show_progress(f"failed: {run}: {first_line(failures[run])}")
                 continue
             rest = sum(left.values())
             seconds = (time.monotonic() - start) * rest / (total - rest)
@@ -3223,10 +3211,10 @@ def read_records(folder, subfolder="runs"):
         try:
             if not path.is_file():
                 raise ValueError("a pipe or a folder")
-            content = path.read_bytes()
-            record = json.loads(content)
-            text = content[: content.rindex(b', "digest"')] + b"}"
-            if hashlib.sha256(text).hexdigest() != record.pop("digest"):
+            text = path.read_text()
+            record = json.loads(text)
+            del record["digest"]
+            if text != with_digest(record):
                 raise ValueError("cut or changed")
             run = Run(*(record[name] for name in Run._fields))
             place = tasks.index(run.task), models.index(run.model), run.seed, run.learning_rate
@@ -3244,19 +3232,17 @@ def has_model(run, record, folder):
     return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == record["checkpoint"]
 
 
-def is_finished(run, record, folder):
-    """Whether the run has left its record and, if it was trained and tested, its model."""
-    needs_model = run.model != BASELINES and not run.is_tuning
-    return record is not None and (not needs_model or has_model(run, record, folder))
-
-
 def unfinished(runs, folder):
     """Those of the runs that are not finished; where something of one is there, it is named."""
     records = read_records(folder, "runs/tuning" if runs[0].is_tuning else "runs")
-    rest = [run for run in runs if not is_finished(run, records.get(run), folder)]
-    for path in (run.record_path(folder) for run in rest):
-        if path.exists():
-            tell(f"{path}, or its model, is damaged or of another rate; it is done again")
+    rest = []
+    for run in runs:
+        needs_model = run.model != BASELINES and not run.is_tuning
+        if run not in records or (needs_model and not has_model(run, records[run], folder)):
+            rest.append(run)
+            path = run.record_path(folder)
+            if path.exists():
+                tell(f"{path}, or its model, is damaged or of another rate; it is done again")
     tell(f"resuming: {len(runs) - len(rest)} of {len(runs)} runs are finished")
     return rest
 
@@ -3266,8 +3252,7 @@ def plain_config(config):
     values = {**asdict(config), **asdict(config.training)}
     del values["training"]
     if config.file:
-        name = Path(config.file.path).name.encode(errors="backslashreplace")  # it may be no UTF-8
-        values["file"] = name.decode()
+        values["file"] = printable(Path(config.file.path).name)  # it may be no UTF-8
         values["digest"] = config.file.digest
         values["columns"] = config.file.columns
     # tuples become lists, NumPy's numbers Python's
@@ -3330,35 +3315,45 @@ def best_of(history):
 
 
 def tuning_table(runs, folder):
-    """A row per tuning run; where one diverged, its validation loss is infinite.
-
-    Chosen is the rate of the lowest mean validation loss over the seeds.
-    """
+    """A row per tuning run; where one diverged, its validation loss is infinite."""
     records = read_records(folder, "runs/tuning")
     rows = []
     for run in runs:
         history = records.get(run, {}).get("history", [])
         rows.append({**run._asdict(), **best_of(history)})
     columns = ["task", "model", "learning_rate", "seed", "val_loss", "best_epoch", "epochs"]
-    table = DataFrame(rows)[columns]
-    by_rate = table.groupby(columns[:3])["val_loss"]
-    of_model = [table["task"], table["model"]]
-    # only rates that were tried on all seeds can be chosen
-    seeds = by_rate.transform("size")
-    means = by_rate.transform("mean").where(seeds == seeds.groupby(of_model).transform("max"))
-    lowest = means.groupby(of_model).transform("min")
-    return table.assign(chosen=(means == lowest) & np.isfinite(means))
+    return DataFrame(rows)[columns]
+
+
+def rates_beyond(losses):
+    """The rate to try next, in a list, if the best of those tried is at their edge.
+
+    `losses`: mean validation losses by rate, in rising order. Downwards the loss must have fallen
+    by 1 % with the last step, for low rates need many epochs.
+    """
+    place = RATES.index(losses.idxmin())
+    if losses.idxmin() == losses.index[-1]:
+        return RATES[place + 1 : place + 2]
+    if place and losses.idxmin() == losses.index[0] and losses.iloc[1] > 1.01 * losses.iloc[0]:
+        return RATES[place - 1 : place]
+    return []
+
+
+def better_half(losses):
+    """The rates with the lower half of the losses; of those within 1 % of the best the larger,
+    which need fewer epochs.
+    """
+    large_first = losses.clip(lower=1.01 * losses.min()).sort_index(ascending=False)
+    return large_first.nsmallest(math.ceil(np.isfinite(losses).sum() / 2)).index
 
 
 def tune_rates(experiment, tasks, grid):
     """Each model's learning rate, by (task, model), and the table of the runs that it comes from.
 
     Successive halving (Jamieson & Talwalkar 2016): the first seed tries the grid, the better half
-    of the rates goes on to the other seeds, and the lowest mean validation loss wins. Of rates
-    within 1 % of the best the larger go on, which need fewer epochs. A best rate at the edge is
-    followed outwards until the loss rises; downwards, until it falls by less than 1 %. A model gets
-    no rate if a run failed other than by divergence, for its rate may be the best, or if all
-    diverged.
+    of the rates goes on to the other seeds, and the lowest mean validation loss wins. A best rate
+    at the edge is followed outwards. A model gets no rate if a run failed other than by divergence,
+    for its rate may be the best, or if all diverged.
     """
     pairs = list(product(tasks, experiment.models))
     first, *others = experiment.seeds
@@ -3371,41 +3366,35 @@ def tune_rates(experiment, tasks, grid):
     new = [Run(*pair, first, rate, is_tuning=True) for pair in pairs for rate in grid]
     runs = []
     incomplete = set()
-    for seeds in ([first], experiment.seeds):
+    for seeds, further_seeds in (([first], others), (experiment.seeds, [])):
         while new:
             for run, error in complete_runs(new, experiment).items():
                 if not isinstance(error, Diverged):
                     incomplete.add((run.task, run.model))
             runs.extend(new)
             table = tuning_table(runs, experiment.folder)
-            chosen = table.query("chosen").groupby(["task", "model"])["learning_rate"].first()
-            losses = table.pivot(index=["task", "model", "learning_rate"], columns="seed")
-            losses = losses["val_loss"]  # (rates, seeds)
+            by_seed = table.pivot(
+                index=["task", "model", "learning_rate"], columns="seed", values="val_loss"
+            )
+            # infinite where a rate diverged on a seed, or was not tried on all
+            means = by_seed.mean(axis=1, skipna=False).fillna(math.inf)
+            losses = {}  # by rate, of each model with a rate that can be chosen
+            for pair, of_pair in means.groupby(["task", "model"]):
+                if of_pair.min() < math.inf:
+                    losses[pair] = of_pair.loc[pair]
             new = []
-            for pair, rate in chosen.items():
-                tried = losses.loc[pair].index
-                place = RATES.index(rate)
-                outwards = []
-                if rate == tried.max():
-                    outwards.extend(RATES[place + 1 : place + 2])
-                if rate == tried.min():
-                    gain = losses.loc[(*pair, tried[1])] / losses.loc[(*pair, rate)] - 1
-                    if gain.mean() > 0.01:
-                        outwards.extend(RATES[max(place - 1, 0) : place])
-                new.extend(Run(*pair, s, r, is_tuning=True) for s in seeds for r in outwards)
-        if seeds == [first]:
-            for pair, of_pair in table.query("val_loss < @math.inf").groupby(["task", "model"]):
-                loss = of_pair["val_loss"]
-                # large rates among equals, then by loss
-                rank = loss.where(loss > 1.01 * loss.min(), -of_pair["learning_rate"])
-                better = of_pair.assign(rank=rank).nsmallest(math.ceil(len(loss) / 2), "rank")
-                for rate in better["learning_rate"]:
-                    new.extend(Run(*pair, seed, rate, is_tuning=True) for seed in others)
-    rates = {pair: rate for pair, rate in chosen.items() if pair not in incomplete}
+            for pair, of_pair in losses.items():
+                for rate, seed in product(rates_beyond(of_pair), seeds):
+                    new.append(Run(*pair, seed, rate, is_tuning=True))
+        for pair, of_pair in losses.items():
+            for rate, seed in product(better_half(of_pair), further_seeds):
+                new.append(Run(*pair, seed, rate, is_tuning=True))
+    rates = {pair: losses[pair].idxmin() for pair in losses if pair not in incomplete}
     for run in runs:  # of the other rates the models are not needed any more
         if rates.get((run.task, run.model), run.learning_rate) != run.learning_rate:
             run.model_path(experiment.folder).unlink(missing_ok=True)
-    return rates, table
+    of_each_run = [rates.get((run.task, run.model)) for run in runs]
+    return rates, table.assign(chosen=table["learning_rate"] == of_each_run)
 
 
 # ======================================================================================
