@@ -296,11 +296,15 @@ def seed_torch(seed, purpose):
 
 
 class SequenceDataset(Dataset):
-    """Inputs and targets on one device; `lengths` (N,): how many leading steps hold data."""
+    """Inputs and targets on one device; `lengths` (N,): how many leading steps hold data, if not
+    all.
+    """
 
-    def __init__(self, inputs, targets, lengths):
+    def __init__(self, inputs, targets, lengths=None):
         self.inputs = inputs
         self.targets = targets
+        if lengths is None:
+            lengths = torch.tensor(inputs.shape[1]).expand(len(inputs))
         self.lengths = lengths
 
     def __len__(self):
@@ -328,7 +332,7 @@ class ReviewDataset(SequenceDataset):
     def __init__(self, reviews, labels, device=CPU):
         ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in reviews], batch_first=True)
         targets = torch.tensor(labels, dtype=torch.float32, device=device).unsqueeze(1)
-        super().__init__(ids.to(device), targets, torch.tensor([len(ids) for ids in reviews]))
+        super().__init__(ids.to(device), targets, torch.tensor(list(map(len, reviews))))
 
 
 class CorpusDataset(SequenceDataset):
@@ -341,7 +345,7 @@ class CorpusDataset(SequenceDataset):
         self.stride = math.ceil((len(ids) - window) / most)
         text = torch.as_tensor(ids, dtype=torch.long, device=device)
         rows = text.unfold(0, window + 1, self.stride)  # (N, T + 1)
-        super().__init__(rows[:, :-1], rows[:, -1], torch.tensor(window).expand(len(rows)))
+        super().__init__(rows[:, :-1], rows[:, -1])
 
 
 def centred(windows):
@@ -361,7 +365,7 @@ class SeriesDataset(SequenceDataset):
     def __init__(self, values, window, stride=1, device=CPU):
         series = torch.as_tensor(values, dtype=torch.float32, device=device)
         rows = series.unfold(0, window + 1, stride)  # (N, T + 1)
-        super().__init__(rows[:, :-1, None], rows[:, -1:], torch.tensor(window).expand(len(rows)))
+        super().__init__(rows[:, :-1, None], rows[:, -1:])
 
     def batch(self, rows):
         windows, targets = super().batch(rows)
@@ -371,29 +375,26 @@ class SeriesDataset(SequenceDataset):
 class LengthBuckets(Sampler):
     """Shuffled batches of examples of similar length, so that little time goes into padding.
 
-    In every pass the examples are shuffled, sorted by length within pools of `pool` batches, and
+    In every pass the examples are shuffled, sorted by length within pools of 32 batches, and
     cut into batches, which are shuffled again. With equal lengths this is plain shuffling. There
     are as many passes as give `least` batches or more.
     """
 
-    def __init__(self, lengths, batch_size, rng, least=1, pool=32):
+    def __init__(self, lengths, batch_size, rng, least=1):
         self.lengths = lengths.numpy()
         self.batch_size = batch_size
         self.rng = rng
         self.batches_a_pass = math.ceil(len(lengths) / batch_size)
         self.passes = math.ceil(least / self.batches_a_pass)
-        self.pool_size = pool * batch_size
 
     def __len__(self):
         return self.passes * self.batches_a_pass
 
     def __iter__(self):
+        pools = np.arange(len(self.lengths)) // (32 * self.batch_size)
         for _ in range(self.passes):
             order = self.rng.permutation(len(self.lengths))
-            pools = np.split(order, range(self.pool_size, len(order), self.pool_size))
-            order = np.concatenate(
-                [pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools]
-            )
+            order = order[np.lexsort((self.lengths[order], pools))]  # by pool, then by length
             batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
             for i in self.rng.permutation(len(batches)):
                 yield batches[i]
@@ -495,10 +496,11 @@ def generate_reviews(config, rng):
     n_reviews = config.n_reviews
     least, most = config.phrases
     labels = rng.permutation(np.arange(n_reviews) % 2)
-    is_short = rng.random(n_reviews) < 0.25
-    short = rng.integers(least, least + 9, n_reviews)
-    long = rng.integers(most - 10, most + 1, n_reviews)
-    n_phrases = np.where(is_short, short, long)
+    n_phrases = np.where(
+        rng.random(n_reviews) < 0.25,
+        rng.integers(least, least + 9, n_reviews),  # short reviews
+        rng.integers(most - 10, most + 1, n_reviews),
+    )
     n = n_phrases.sum()
     owner = np.repeat(np.arange(n_reviews), n_phrases)  # (n,): the review of each phrase
     ends = n_phrases.cumsum()
@@ -766,23 +768,22 @@ def best_forecasts(windows, config):
     moves = []  # of each wave, whose states are its periods and phases: P(next state | state)
     for periods in config.periods:
         n = math.lcm(*periods)
-        waves.append(torch.sin(2 * math.pi * torch.arange(n) / n))
+        waves.append(torch.sin(2 * math.pi * torch.arange(n) / n).repeat(len(periods)))
         # the period may switch, and the phase goes on
         stays = torch.eye(len(periods)) == 1
         switch = torch.where(stays, 1 - config.switch_rate, config.switch_rate / (len(periods) - 1))
         shifts = [torch.eye(n).roll(n // period, dims=1) for period in periods]
         moves.append(torch.kron(switch, torch.eye(n)) @ torch.block_diag(*shifts))
-    value = waves[0][:, None] + waves[1]  # (P, Q): fast and slow phases
-    n_periods = [len(periods) for periods in config.periods]
+    value = waves[0][:, None] + waves[1]  # (P, Q): of each fast and each slow state
     forecasts = []
     for batch in torch.as_tensor(windows, dtype=torch.float32).split(64):
         belief = 1.0  # the same for all states
         for values in batch.T:
             likelihood = torch.exp(-0.5 * ((values[:, None, None] - value) / config.noise) ** 2)
-            belief = belief * likelihood.repeat(1, *n_periods)  # (B, periods x P, periods x Q)
+            belief = belief * likelihood  # (B, P, Q)
             belief /= belief.sum(dim=(1, 2), keepdim=True)
             belief = moves[0].T @ belief @ moves[1]
-        forecasts.append((belief * value.repeat(n_periods)).sum(dim=(1, 2)))
+        forecasts.append((belief * value).sum(dim=(1, 2)))
     return torch.cat(forecasts).numpy()
 
 
@@ -1214,9 +1215,8 @@ def label_answers(logits, labels, first=0):
 
     Ids below `first` are no answers.
     """
-    logits = torch.as_tensor(logits)
-    answer = logits[:, first:].argmax(dim=1).numpy() + first
-    log_probabilities = logits.log_softmax(dim=1).numpy()
+    log_probabilities = torch.as_tensor(logits).log_softmax(dim=1).numpy()
+    answer = log_probabilities[:, first:].argmax(axis=1) + first
     rows = np.arange(len(labels))
     return Answers(
         {
@@ -1245,65 +1245,56 @@ def value_answers(forecasts, test):
     return Answers({"answer": relative, "loss": errors**2, "score": np.abs(errors)})
 
 
-def on_cpu(*datasets):
-    """The datasets with all of their tensors on the CPU."""
-    return [SequenceDataset(d.inputs.cpu(), d.targets.cpu(), d.lengths) for d in datasets]
+def on_cpu(dataset, most=sys.maxsize):
+    """All examples, or about `most` evenly spaced ones, on the CPU."""
+    step = math.ceil(len(dataset) / most)
+    inputs = dataset.inputs[::step].cpu()
+    return SequenceDataset(inputs, dataset.targets[::step].cpu(), dataset.lengths[::step])
 
 
 def word_groups(dataset, n, last, vocab_size):
     """The groups of `n` neighbouring words among the `last` of each text: their rows, and a number
     for each.
     """
-    ids = dataset.inputs.numpy()
+    ids = dataset.inputs.cpu().numpy()
     width = ids.shape[1] - n + 1
     groups = sum(ids[:, i : i + width] * vocab_size**i for i in range(n))
-    ends = np.arange(n, n + width)
-    lengths = dataset.lengths.numpy()[:, None]
-    rows, places = np.nonzero((ends <= lengths) & (ends > lengths - last))
+    back = dataset.lengths.numpy()[:, None] - np.arange(n, n + width)  # words after each group
+    rows, places = np.nonzero((back >= 0) & (back < last))
     return rows, groups[rows, places]
 
 
-def naive_bayes(train, validation, test, n, vocab_size):
-    """Multinomial naive Bayes on groups of `n` words (Manning, Raghavan & Schuetze 2008, ch. 13).
+def review_baselines(train, validation, test, vocab_size, n_labels):
+    """The majority class; multinomial naive Bayes on words and on pairs of neighbouring words
+    (Manning, Raghavan & Schuetze 2008, ch. 13).
 
     How many words at the end of a text count, and the temperature by which the log odds are
     divided (Guo et al. 2017), are those of the lowest loss on `validation`.
     """
     labels, known, truth = (
-        dataset.targets[:, 0].long().numpy() for dataset in (train, validation, test)
+        part.targets[:, 0].long().cpu().numpy() for part in (train, validation, test)
     )
-    n_labels = max(2, truth.max() + 1)
-    prior = np.log(np.bincount(labels, minlength=n_labels) + 1)
-    lowest = math.inf
-    for last in (5, 10, 20, 50, sys.maxsize):
-        rows, groups = word_groups(train, n, last, vocab_size)
-        # one and how often each group occurs under each label
-        counts = 1 + DataFrame(np.eye(n_labels)[labels[rows]]).groupby(groups).sum()
-        weights = np.log(counts / counts.sum())
-        log_odds = []
-        for dataset in (validation, test):
-            rows, groups = word_groups(dataset, n, last, vocab_size)
-            evidence = weights.reindex(groups, fill_value=0.0).groupby(rows).sum()
-            evidence = evidence.reindex(range(len(dataset)), fill_value=0.0).to_numpy()
-            log_odds.append(prior + evidence)
-        for temperature in np.geomspace(0.1, 100, 61):
-            loss = label_answers(log_odds[0] / temperature, known)["loss"].mean()
-            if loss < lowest:
-                lowest = loss
-                answers = label_answers(log_odds[1] / temperature, truth)
-    return answers
-
-
-def review_baselines(train, validation, test, vocab_size):
-    """The majority class; naive Bayes on words and on pairs of neighbouring words."""
-    parts = on_cpu(train, validation, test)
-    labels, _, truth = (part.targets[:, 0].long().numpy() for part in parts)
-    prior = np.log(np.bincount(labels, minlength=max(2, truth.max() + 1)) + 1)
-    return {
-        MAJORITY: label_answers(np.tile(prior, (len(truth), 1)), truth),
-        "naive Bayes, words": naive_bayes(*parts, n=1, vocab_size=vocab_size),
-        "naive Bayes, word pairs": naive_bayes(*parts, n=2, vocab_size=vocab_size),
-    }
+    prior = np.log(np.bincount(labels, minlength=n_labels) + 1)  # (K,)
+    baselines = {MAJORITY: label_answers(np.tile(prior, (len(truth), 1)), truth)}
+    for n, name in ((1, "naive Bayes, words"), (2, "naive Bayes, word pairs")):
+        lowest = math.inf
+        for last in (5, 10, 20, 50, sys.maxsize):
+            rows, groups = word_groups(train, n, last, vocab_size)
+            # one and how often each group occurs under each label
+            counts = 1 + DataFrame(np.eye(n_labels)[labels[rows]]).groupby(groups).sum()
+            weights = np.log(counts / counts.sum())
+            log_odds = []
+            for dataset in (validation, test):
+                rows, groups = word_groups(dataset, n, last, vocab_size)
+                evidence = weights.reindex(groups, fill_value=0.0).groupby(rows).sum()
+                evidence = evidence.reindex(range(len(dataset)), fill_value=0.0).to_numpy()
+                log_odds.append(prior + evidence)
+            for temperature in np.geomspace(0.1, 100, 61):
+                loss = label_answers(log_odds[0] / temperature, known)["loss"].mean()
+                if loss < lowest:
+                    lowest = loss
+                    baselines[name] = label_answers(log_odds[1] / temperature, truth)
+    return baselines
 
 
 def ngram_model(ids, contexts, vocab_size):
@@ -1359,8 +1350,7 @@ def log_linear(train, validation, test, vocab_size):
                 optimizer.zero_grad()
                 F.cross_entropy(logits(model, words), following).backward()
                 optimizer.step()
-            answers = word_answers(partial(logits, model), validation)
-            losses.append(answers["loss"].mean())
+            losses.append(word_answers(partial(logits, model), validation)["loss"].mean())
             if losses[-1] < lowest:
                 lowest = losses[-1]
                 best = copy.deepcopy(model)
@@ -1371,7 +1361,7 @@ def log_linear(train, validation, test, vocab_size):
 
 def corpus_baselines(train, validation, test, vocab_size):
     """Unigram, bigram and trigram on the windows of `test`, and the log-linear model."""
-    train, validation, test = on_cpu(train, validation, test)
+    train, validation, test = (on_cpu(part) for part in (train, validation, test))
     ids = [*train.inputs[0].tolist(), *train.targets.tolist()]  # the text
     last_two = {tuple(words) for words in test.inputs[:, -2:].tolist()}
     probabilities = ngram_model(ids, last_two, vocab_size)
@@ -1389,26 +1379,15 @@ def corpus_baselines(train, validation, test, vocab_size):
 
 
 def season_of(windows):
-    """The first lag within the window at which the autocorrelation has a high peak; None without
-    any.
-
-    Values count from their window's mean, so that a trend hides no season. A peak is higher than
-    both neighbours and rises by 0.2 above what came before: a smooth or a random series has none.
-    High: within 0.05 of the highest.
+    """The shortest lag within the window at which values differ by the most even amount, on about
+    `MOST_WINDOWS` windows; 1 unless the variance is less than half of that from step to step.
     """
-    rows = windows.inputs[:, :, 0].cpu()
-    means = rows.mean(dim=1, keepdim=True)
-    targets = windows.targets.cpu() - means
-    # a straight line, but for rounding
-    if targets.max() - targets.min() < 1e-5 * targets.abs().max():
-        return None
-    lagged = torch.hstack([targets, rows.flip(1) - means])
-    beyond = torch.hstack([targets[1:], rows[:-1, :1] - means[1:]])  # one lag more, to compare
-    r = torch.hstack([torch.corrcoef(part.T.double())[0, 1:] for part in (lagged, beyond)])
-    r = r.nan_to_num(-1.0)  # a stretch may be constant
-    peaks = [i for i in range(1, len(r) - 1) if r[i] > max(r[i - 1], r[i + 1], r[:i].min() + 0.2)]
-    high = [i for i in peaks if r[i] > r[peaks].max() - 0.05]
-    return high[0] + 1 if high else None
+    windows = on_cpu(windows, MOST_WINDOWS)
+    differences = windows.inputs[:, :, 0] - windows.targets  # (N, T) - (N, 1)
+    variances = differences.var(dim=0).flip(0)  # (T,): by lag, from 1; a trend adds nothing
+    is_least = variances <= 1.1 * variances.min() + 1e-6
+    season = int(is_least.int().argmax()) + 1
+    return season if variances[season - 1] < variances[0] / 2 else 1
 
 
 def nearest_neighbours(train, windows, length, most):
@@ -1433,36 +1412,33 @@ def best_neighbours(train, validation, test):
     """Nearest neighbours on windows, their length and number chosen on 500 windows of
     `validation`.
     """
-    step = math.ceil(len(train) * len(test) / MOST_PAIRS)
-    train = SequenceDataset(train.inputs[::step], train.targets[::step], train.lengths[::step])
+    train = on_cpu(train, MOST_PAIRS / len(test))
+    validation = on_cpu(validation, 500)
     most = min(64, len(train))
-    step = math.ceil(len(validation) / 500)
-    targets = validation.targets[::step, 0]
-    found = {}
+    lowest = math.inf
     for length in (2, 4, 6, 8, 12, 16, 24, 32, train.inputs.shape[1]):  # no window is longer
-        forecasts = nearest_neighbours(train, validation.inputs[::step], length, most)
-        errors = (forecasts - targets).square().mean(dim=1)  # (most,)
-        found[length] = errors.min(dim=0)
-    length = min(found, key=found.get)
-    return nearest_neighbours(train, test.inputs, length, most)[found[length].indices]
+        forecasts = nearest_neighbours(train, validation.inputs, length, most)
+        errors = (forecasts - validation.targets[:, 0]).square().mean(dim=1)  # (most,)
+        if errors.min() < lowest:
+            lowest = errors.min()
+            chosen = length, int(errors.argmin()) + 1
+    return nearest_neighbours(train, test.inputs.cpu(), *chosen)[-1]
 
 
 def series_baselines(train, validation, test):
     """Persistence, the value a season ago, least squares on about `MOST_WINDOWS` windows, and
     nearest neighbours.
     """
-    train, validation, test = on_cpu(train, validation, test)
-    windows = test.inputs[:, :, 0]
+    windows = test.inputs[:, :, 0].cpu()
     forecasts = {"persistence": windows[:, -1]}
     season = season_of(train)
-    if season:
+    if season > 1:
         forecasts["seasonal naive"] = windows[:, -season]
     # in torch, on one thread: NumPy's last digits depend on the number of threads; gelsd takes any
     # rank
-    step = math.ceil(len(train) / MOST_WINDOWS)
-    design = F.pad(train.inputs[::step, :, 0].double(), (0, 1), value=1.0)  # (N, T + 1)
-    targets = train.targets[::step].double()
-    weights = torch.linalg.lstsq(design, targets, driver="gelsd").solution[:, 0]
+    known = on_cpu(train, MOST_WINDOWS)
+    design = F.pad(known.inputs[:, :, 0].double(), (0, 1), value=1.0)  # (N, T + 1)
+    weights = torch.linalg.lstsq(design, known.targets.double(), driver="gelsd").solution[:, 0]
     forecasts["linear autoregression"] = windows.double() @ weights[:-1] + weights[-1]
     forecasts["nearest neighbours"] = best_neighbours(train, validation, test)
     return {name: value_answers(forecast.numpy(), test) for name, forecast in forecasts.items()}
@@ -2018,8 +1994,8 @@ def as_lists(table):
 
 
 def dealt_by_label(labels, rng):
-    """A random order of examples in which each stretch has its share of every label."""
-    shuffled = Series(labels)[rng.permutation(len(labels))]
+    """The index of `labels` in a random order, in which each stretch has its share of every one."""
+    shuffled = labels.iloc[rng.permutation(len(labels))]
     by_label = shuffled.groupby(shuffled)
     # the i-th of n examples of a label comes at (i + 0.5) / n of the way
     places = (by_label.cumcount() + 0.5) / by_label.transform("size")
@@ -2034,17 +2010,17 @@ def build_reviews(config, seed, device=CPU):
     random order.
     """
     rng = random_generator(seed, "reviews")
+    doubts = []
     if config.file:
         reviews, doubts = read_reviews(config.file.text, *config.file.columns)
-        order = dealt_by_label(reviews.labels, rng)
     else:
         reviews = generate_reviews(config, rng)
-        doubts = []
-        order = range(len(reviews.texts))
-    tokens = Series([tuple(tokenize(text, WORDS)) for text in reviews.texts])[order]
+    tokens = Series([tuple(tokenize(text, WORDS)) for text in reviews.texts])
     tokens = tokens[tokens.map(len) > 0].drop_duplicates()  # repetitions would cross the splits
     kept = tokens.index
-    words = [review[-config.max_words :] for review in tokens]
+    if config.file:
+        kept = dealt_by_label(Series(reviews.labels)[kept], rng)
+    words = [review[-config.max_words :] for review in tokens[kept]]
     labels = reviews.labels[kept]
     names = np.array(reviews.names)
 
@@ -2061,18 +2037,18 @@ def build_reviews(config, seed, device=CPU):
     change = None
     if not config.file:
         known = reviews.known.iloc[tested].reset_index(drop=True)
-        examples = examples.assign(distance=known["distance"], role=known["role"])
+        examples = examples.join(known[["distance", "role"]])
         # nothing else depends on the label: these are Bayes' odds
         odds = math.log(config.reliability / (1 - config.reliability))
         logits = np.outer(np.where(known["favourable"], odds, -odds), [0, 1])  # (N, 2)
         effect = 2 * config.reliability - 1
         ceilings["Bayes decision"] = label_answers(logits, truth).assign(effect=effect)
         turned = [encode(tokenize(text, WORDS), vocabulary) for text in known["reversed"]]
-        called_for = 1 - known["favourable"].to_numpy(dtype=int)
+        called_for = 1 - known["favourable"].to_numpy()
         change = Change(
-            rows=range(len(tested)),
-            before=ReviewDataset(ids[parts[2]], called_for, device),
-            after=ReviewDataset(turned, called_for, device),
+            range(len(tested)),
+            ReviewDataset(ids[parts[2]], called_for, device),
+            ReviewDataset(turned, called_for, device),
         )
     return TaskData(
         train=train,
@@ -2096,7 +2072,7 @@ def build_reviews(config, seed, device=CPU):
         examples=examples,
         spell=partial(np.take, names),
         change=change,
-        baselines=partial(review_baselines, train, validation, test, len(vocabulary)),
+        baselines=partial(review_baselines, train, validation, test, len(vocabulary), len(names)),
         ceilings=lambda: ceilings,
         doubts=doubts,
     )
@@ -2115,8 +2091,6 @@ def build_corpus(config, seed, device=CPU):
     # before windows: none straddles a cut
     parts = three_parts(len(words), 8 * (window + 1), "words")
     vocabulary = fit_vocabulary(words[parts[0]], config.vocab_size)
-    if len(vocabulary) < 3:
-        raise InputError(f"no known word in its first {TRAIN_SHARE:.0%}, the training part")
     ids = encode(words, vocabulary)
     train_ids = ids[parts[0]]
     train = CorpusDataset(train_ids, window, device=device)
@@ -2134,21 +2108,17 @@ def build_corpus(config, seed, device=CPU):
     change = None
     if not config.file:
         known = corpus.iloc[targets].reset_index(drop=True)
-        examples = examples.assign(role=known["role"], distance=known["distance"])
+        examples = examples.join(known[["role", "distance"]])
         changed = known[known["distance"] <= window]  # the subject stands in the window
         rows = changed.index.tolist()
         before = test.inputs[rows]
         after = before.clone()
         places = window - changed["distance"].to_numpy(dtype=int)
-        after[range(len(rows)), places] = torch.tensor(
-            encode(changed["other_subject"], vocabulary), device=device
-        )
-        called_for = torch.tensor(encode(changed["other_word"], vocabulary), device=device)
-        lengths = test.lengths[rows]
+        others = encode(changed["other_subject"], vocabulary)
+        after[range(len(rows)), places] = after.new_tensor(others)
+        called_for = after.new_tensor(encode(changed["other_word"], vocabulary))
         change = Change(
-            rows=rows,
-            before=SequenceDataset(before, called_for, lengths),
-            after=SequenceDataset(after, called_for, lengths),
+            rows, SequenceDataset(before, called_for), SequenceDataset(after, called_for)
         )
         ceilings["full state"] = Answers(
             {
@@ -2214,25 +2184,20 @@ def build_series(config, seed, device=CPU):
             f"constant over its first {TRAIN_SHARE:.0%}, the training part, or too large"
         )
     offset = float(train_values.mean())
-    scaled = [(values[part] - offset) / unit for part in parts]
-    if max(np.abs(part).max() for part in scaled) > 1e15:
+    scaled = (values - offset) / unit
+    if np.abs(scaled).max() > 1e15:
         raise InputError("a value beyond its training part is too large for single precision")
-    every, validation, test = (SeriesDataset(part, window, device=device) for part in scaled)
+    every, validation, test = (SeriesDataset(scaled[part], window, device=device) for part in parts)
     stride = min(config.stride, math.ceil(len(every) / 1000))  # a short series can spare no window
-    train = SeriesDataset(scaled[0], window, stride, device)
+    train = SeriesDataset(scaled[parts[0]], window, stride, device)
 
     # one value of each window is shifted, at another lag from window to window
     lags = np.resize([lag for lag in LAGS if lag <= window], len(test))
     shift = torch.zeros_like(test.inputs)
     shift[range(len(test)), window - lags] = SHIFT
-    change = Change(
-        rows=range(len(test)),
-        before=test,
-        # as a batch is, but the mean stays: else every value would be shifted a little
-        after=SequenceDataset(
-            centred(test.inputs) + shift, test.targets - test.inputs[:, -1], test.lengths
-        ),
-    )
+    # as a batch is, but the mean stays: else every value would be shifted a little
+    shifted = SequenceDataset(centred(test.inputs) + shift, test.targets - test.inputs[:, -1])
+    change = Change(range(len(test)), test, shifted)
     examples = DataFrame(
         {
             "truth": test_values[window:],
@@ -2275,7 +2240,7 @@ def build_series(config, seed, device=CPU):
             "least": values.min(),
             "largest": values.max(),
             "window (steps)": window,
-            **({"season (steps)": season} if season else {}),
+            **({"season (steps)": season} if season > 1 else {}),
         },
         examples=examples,
         change=change,
@@ -2329,9 +2294,10 @@ class Task:
         `loss` and `score` are those of each example (N,), or their means.
         """
         means = {"loss": float(np.mean(loss)), "score": float(np.mean(score))}
-        metrics = {}
-        for metric in self.metrics:
-            metrics[metric.name] = metric.transform(means[metric.source]) * unit**metric.unit_power
+        metrics = {
+            metric.name: metric.transform(means[metric.source]) * unit**metric.unit_power
+            for metric in self.metrics
+        }
         return {**metrics, "loss": means["loss"]}
 
 

@@ -226,18 +226,25 @@ def test_the_log_linear_model_finds_a_cue_that_no_trigram_sees():
 def test_naive_bayes_learns_words_and_majority_does_not():
     train = rnn.ReviewDataset([[2, 3], [2, 4], [5, 3], [5, 4]] * 5, [1, 1, 0, 0] * 5)
     test = rnn.ReviewDataset([[2, 3, 4], [5]], [1, 0])
-    baselines = rnn.review_baselines(train, train, test, 6)
+    baselines = rnn.review_baselines(train, train, test, 6, 2)
     assert list(baselines) == ["majority class", "naive Bayes, words", "naive Bayes, word pairs"]
     assert baselines["naive Bayes, words"]["answer"].tolist() == [1, 0]
     assert baselines["naive Bayes, words"]["score"].tolist() == [1, 1]
     assert baselines["majority class"]["loss"].tolist() == pytest.approx([np.log(2)] * 2)
 
 
+def test_a_label_may_be_in_the_test_part_alone():
+    train = rnn.ReviewDataset([[2], [3]] * 5, [0, 1] * 5)
+    test = rnn.ReviewDataset([[2], [4]], [0, 2])
+    for answers in rnn.review_baselines(train, train, test, 5, n_labels=3).values():
+        assert answers["score"][1] == 0 and np.isfinite(answers["loss"]).all()
+
+
 def test_naive_bayes_on_pairs_sees_the_order_of_words():
     reviews = [[2, 3, 4], [3, 2, 5], [2, 3], [3, 2]] * 5
     parts = [rnn.ReviewDataset(reviews, [1, 0, 1, 0] * 5)] * 2
     test = rnn.ReviewDataset([[5, 2, 3], [4, 3, 2], [2]], [1, 0, 1])
-    pairs = rnn.naive_bayes(*parts, test, n=2, vocab_size=6)
+    pairs = rnn.review_baselines(*parts, test, vocab_size=6, n_labels=2)["naive Bayes, word pairs"]
     assert pairs["answer"].tolist()[:2] == [1, 0]
     assert pairs["loss"][2] == pytest.approx(np.log(2)), "a single word is no pair"
 
@@ -249,7 +256,7 @@ def test_the_temperature_of_naive_bayes_is_fitted_on_validation():
     hints = np.where(rng.random(900) < 0.6, labels, 1 - labels)
     reviews = [[2 + hint] * 10 for hint in hints]
     parts = [rnn.ReviewDataset(reviews[i : i + 300], labels[i : i + 300]) for i in (0, 300, 600)]
-    found = rnn.naive_bayes(*parts, n=1, vocab_size=4)
+    found = rnn.review_baselines(*parts, vocab_size=4, n_labels=2)["naive Bayes, words"]
     assert found["probability"].mean() == pytest.approx(0.6, abs=0.06)
 
 

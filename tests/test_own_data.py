@@ -471,7 +471,6 @@ def sine_with(row):
             "2 different reviews that hold a word; three splits need 20 or more",
         ),
         ("corpus", "far too short", "3 words; three splits need 88 or more"),
-        ("corpus", "<unk> " * 100, "no known word in its first 70%"),
         ("series", "x\n1\n2\n", "2 values; three splits need 48 or more"),
         ("series", "x\n" + "7\n" * 500, "constant over its first 70%, the training part"),
         ("series", "x\n1e200\n-1e200\n" + "7\n" * 500, "or too large"),

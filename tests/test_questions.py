@@ -166,20 +166,33 @@ def test_the_terminal_shows_the_data_before_training(run_on):
     assert "Time-series forecasting: my.csv" in printed
 
 
-def test_a_smooth_series_has_no_season_of_two_steps():
+def test_the_season_is_the_lag_of_the_most_even_differences():
     walk = np.cumsum(np.random.default_rng(0).normal(size=2000))
     days = np.sin(np.arange(2000) * 2 * np.pi / 24) + 0.01 * walk
     assert rnn.season_of(rnn.SeriesDataset(days, 50)) == 24
     months = rnn.SeriesDataset(np.sin(np.arange(84) * 2 * np.pi / 12), 12)
-    assert rnn.season_of(months) == 12, "a peak at the window's length"
+    assert rnn.season_of(months) == 12, "a lag of the window's length"
     trend = 0.05 * np.arange(2000) + np.sin(np.arange(2000) * 2 * np.pi / 24)
     assert rnn.season_of(rnn.SeriesDataset(trend, 50)) == 24, "a trend hides no season"
-    for random in (walk, np.diff(walk)):
-        assert rnn.season_of(rnn.SeriesDataset(random, 50)) is None
-    straight = rnn.SeriesDataset(np.linspace(0, 1, 500), 50)
-    assert rnn.season_of(straight) is None
-    baselines = rnn.series_baselines(straight, straight, straight)
-    assert list(baselines) == ["persistence", "linear autoregression", "nearest neighbours"]
+    half = len(trend) // 2
+    monthly = [rnn.SeriesDataset(part, 50) for part in (trend[:half], trend[half:])]
+    errors = {
+        name: answers["loss"].mean()
+        for name, answers in rnn.series_baselines(*monthly[:1] * 2, monthly[1]).items()
+    }
+    assert errors["seasonal naive"] < 100 * errors["persistence"]
+    for values in (walk, np.diff(walk), np.linspace(0, 1, 500), np.ones(500)):
+        windows = rnn.SeriesDataset(values, 50)
+        assert rnn.season_of(windows) == 1, "none"
+        baselines = rnn.series_baselines(*[windows] * 3)
+        assert list(baselines) == ["persistence", "linear autoregression", "nearest neighbours"]
+
+
+def test_the_season_of_a_long_series_takes_little_memory(monkeypatch):
+    windows = rnn.SeriesDataset(np.sin(np.arange(2000) * 2 * np.pi / 24), 50)
+    monkeypatch.setattr(rnn, "MOST_WINDOWS", 100)
+    assert len(rnn.on_cpu(windows, 100)) == 98, "every twentieth window"
+    assert rnn.season_of(windows) == 24
 
 
 # --- the answer first -----------------------------------------------------------------
