@@ -47,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import unicodedata
 import warnings
 import zipfile
@@ -1449,7 +1450,6 @@ def series_baselines(train, validation, test):
 # ======================================================================================
 
 
-@torch.no_grad()
 def near_identity_(weight):
     """0.9 times the identity: the state fades slowly (after Le et al. 2015).
 
@@ -1490,54 +1490,17 @@ class Recurrent(nn.Module):
         return states[torch.arange(len(states), device=states.device), last]  # (B, H)
 
 
-def is_size(value):
-    """Whether it can be a number of words or steps."""
-    return type(value) is int and 1 <= value <= 1e9
-
-
-def are_numbers(*values):
-    """Whether all are numbers of a size that can be reckoned with."""
-    return all(type(value) in (int, float) and -1e30 < value < 1e30 for value in values)
-
-
-def are_names(values):
-    """Whether it is a list of texts without repetitions."""
-    is_list = isinstance(values, list) and all(isinstance(value, str) for value in values)
-    return is_list and len(set(values)) == len(values)
-
-
-# what the preprocessing of a trained model may hold
-PREPROCESSING = {
-    "vocabulary": are_names,
-    "labels": are_names,
-    "max_words": is_size,
-    "window": is_size,
-    "scaler": lambda scaler: (
-        are_numbers(scaler["mean"], scaler["std"], *scaler["range"])
-        and scaler["std"] > 0
-        and scaler["range"][0] <= scaler["range"][1]
-    ),
-}
-
-
 class SequenceModel(nn.Module):
     """What all models share; a subclass names its `cell`."""
 
     cell: Cell
     preprocessing: Mapping = {}  # of a trained model: turns words or values into inputs, and back
     metrics: Mapping = {}  # of a trained model, on the test split
-    sample: str | Sequence = "the"  # that can be predicted from
+    sample = "the"  # that can be predicted from
 
     def forward(self, inputs, last=None):
         state = self.recurrent(inputs, last)  # (B, T, F) -> (B, H)
         return self.head(self.dropout(state))
-
-    def check_preprocessing(self):
-        """Raise an error unless the model can predict with its `preprocessing`."""
-        for name, value in self.preprocessing.items():
-            if not PREPROCESSING[name](value):
-                raise InputError(f"its {name} makes no sense")
-        self.predict(self.sample)
 
     @property
     def device(self):
@@ -1547,11 +1510,8 @@ class SequenceModel(nn.Module):
     @cached_property
     def vocabulary(self):
         """The words that a text model knows, with their ids."""
-        words = self.preprocessing["vocabulary"]
-        size = self.embedding.num_embeddings
-        if len(words) != size or size < 3:
-            raise InputError(f"{len(words)} words for {size} embeddings")
-        return {word: i for i, word in enumerate(words)}
+        ids = range(self.embedding.num_embeddings)
+        return dict(zip(self.preprocessing["vocabulary"], ids, strict=True))
 
 
 def new_embedding(vocab_size, embed_dim, padding_idx=None):
@@ -1581,10 +1541,10 @@ class Classifier(SequenceModel):
     def __init__(self, vocab_size, embed_dim, hidden_dim, output_dim, n_layers=1, dropout=0.2):
         super().__init__()
         self.embedding = new_embedding(vocab_size, embed_dim, padding_idx=0)
-        with torch.no_grad():  # small, so that rare words, which training hardly moves, say little
-            if not self.embedding.weight.is_meta:
-                self.embedding.weight.normal_(std=0.1)
-            self.embedding.weight[0] = 0.0
+        weight = self.embedding.weight.detach()
+        if not weight.is_meta:  # small, so that rare words, which training hardly moves, say little
+            weight.normal_(std=0.1)
+        weight[0] = 0.0
         self.recurrent = Recurrent(
             self.cell, embed_dim, hidden_dim, n_layers, dropout, start=near_identity_
         )
@@ -1597,11 +1557,6 @@ class Classifier(SequenceModel):
         last = (ids != 0).sum(dim=1) - 1  # (B, T) -> (B,)
         return super().forward(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, output_dim)
 
-    def check_preprocessing(self):
-        if len(self.preprocessing["labels"]) != max(self.head[0].out_features, 2):
-            raise InputError("labels that do not fit")
-        super().check_preprocessing()
-
     @torch.no_grad()
     def predict(self, texts):
         """The likeliest label of each text and its probability; without any word, None and nan.
@@ -1613,15 +1568,15 @@ class Classifier(SequenceModel):
         if isinstance(texts, str):
             texts = [texts]
         most = self.preprocessing["max_words"]
+        labels = self.preprocessing["labels"]
         reviews = [encode(tokenize(text, WORDS)[-most:], self.vocabulary) for text in texts]
-        predictions = [(None, math.nan)] * len(reviews)
-        rows = [i for i in np.argsort([len(review) for review in reviews]) if reviews[i]]
-        for start in range(0, len(rows), 256):
-            batch = rows[start : start + 256]
-            ids = ReviewDataset([reviews[i] for i in batch], [0] * len(batch), self.device).inputs
-            values, labels = label_probabilities(self(ids)).max(dim=1)  # (B, K) -> (B,)
-            for i, label, probability in zip(batch, labels.tolist(), values.tolist()):
-                predictions[i] = (self.preprocessing["labels"][label], probability)
+        predictions = []
+        for start in range(0, len(reviews), 256):
+            batch = reviews[start : start + 256]
+            ids = ReviewDataset([ids or [0] for ids in batch], [0] * len(batch), self.device).inputs
+            for review, probabilities in zip(batch, label_probabilities(self(ids)).tolist()):
+                probability, label = max(zip(probabilities, labels, strict=True))
+                predictions.append((label, probability) if review else (None, math.nan))
         return predictions
 
 
@@ -1654,16 +1609,16 @@ class Predictor(SequenceModel):
 
     def predict(self, text, n=5):
         """The `n` likeliest next words with their probabilities among all known words."""
-        words = list(self.vocabulary)
+        words = self.preprocessing["vocabulary"]
         probabilities = self.next_logits(tokenize(text, WORDS_AND_ENDS)).softmax(dim=0)
         values, ids = probabilities.topk(min(n, len(words) - 2))
-        return [(words[i], probability) for i, probability in zip(ids.tolist(), values.tolist())]
+        return [(words[i], probability) for i, probability in zip(ids, values.tolist())]
 
     def continue_text(self, text, length=20, temperature=1.0, seed=42):
         """The next `length` words, drawn from the model's probabilities to the power 1 /
         `temperature`.
         """
-        known = list(self.vocabulary)
+        known = self.preprocessing["vocabulary"]
         given = tokenize(text, WORDS_AND_ENDS)
         drawn = []
         generator = torch.Generator().manual_seed(seed)
@@ -1671,7 +1626,7 @@ class Predictor(SequenceModel):
             logits = self.next_logits(given + drawn)
             # at temperature 0 all but the likeliest vanish
             probabilities = ((logits - logits.max()) / max(temperature, 1e-30)).softmax(dim=0)
-            drawn.append(known[torch.multinomial(probabilities, 1, generator=generator).item()])
+            drawn.append(known[torch.multinomial(probabilities, 1, generator=generator)])
         return re.sub(rf" ({SENTENCE_END})", r"\1", " ".join(drawn))
 
 
@@ -1710,23 +1665,22 @@ class Forecaster(SequenceModel):
         next.
 
         Of the series the last `window` values are read; a shorter one is read whole, which is less
-        than the model was trained on. Raises InputError if there is no value, or one or a forecast
-        that is not finite.
+        than the model was trained on. Raises ValueError if there is no value, one that is no
+        number, or one or a forecast that is not finite.
         """
-        with suppress(TypeError, ValueError, OverflowError):
-            values = np.array(values, dtype=float)
-        is_series = isinstance(values, np.ndarray) and values.ndim == 1 and len(values)
-        if not is_series or not np.isfinite(values).all():
+        values = np.array(values, dtype=float)
+        if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise InputError("a series must hold one or more finite values, in one dimension")
         scaler = self.preprocessing["scaler"]
         scaled = (values[-self.preprocessing["window"] :] - scaler["mean"]) / scaler["std"]
         window = torch.as_tensor(scaled, dtype=torch.float32)[None, :, None]  # (1, T, 1)
         forecasts = self.roll_forward(window.to(self.device), length)[0].cpu().double().numpy()
+        forecasts = forecasts * scaler["std"] + scaler["mean"]
         if not np.isfinite(forecasts).all():
             raise InputError(
                 "a forecast is not finite: the values lie too far from those of training"
             )
-        return forecasts * scaler["std"] + scaler["mean"]
+        return forecasts
 
 
 class RNNClassifier(Classifier):
@@ -1832,10 +1786,9 @@ def load_checkpoint(path):
         with warnings.catch_warnings(action="ignore"):  # on what is refused in one line
             return restore(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a foreign or damaged file can make torch stumble over anything
-        why = "damaged, or something else"
-        if isinstance(error, (ValueError, RuntimeError)):
-            why = first_line(error)[:120]
-        raise InputError(f"{path}: not a model that this script can use ({why})") from error
+        raise InputError(
+            f"{path}: not a model that this script can use ({first_line(error)[:120]})"
+        ) from error
 
 
 # all that `checkpoint_bytes` makes torch.save write
@@ -1849,48 +1802,52 @@ def check_archive(path):
     size = Path(path).stat().st_size
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        is_packed = any(each.compress_type for each in entries)
-        if is_packed or sum(each.file_size for each in entries) > size:
+        if sum(each.file_size for each in entries) > size:
             raise InputError("it would need more memory than its size")
         if archive.testzip():
             raise InputError("damaged: a checksum is wrong")
         [pickled] = [each for each in entries if each.filename.endswith("/data.pkl")]
         content = archive.read(pickled)
+    # torch.load refuses code by itself, but not a call that makes an array of any size
     for operation, argument, _ in pickletools.genops(content):
-        is_foreign = operation.name == "GLOBAL" and argument not in PICKLED
-        if is_foreign or operation.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "EXT1"):
+        if "GLOBAL" in operation.name and argument not in PICKLED:
             raise InputError(f"it holds {argument}")
         if isinstance(argument, int) and argument > size:
             raise InputError("it would need more memory than its size")
 
 
+def is_sensible(name, value):
+    """Whether a model can work with this entry of its preprocessing."""
+    match name, value:
+        case "vocabulary" | "labels", list():
+            return len(set(value)) == len(value) and all(isinstance(word, str) for word in value)
+        case "max_words" | "window", int():
+            return value >= 1
+        case "scaler", {"mean": float(), "std": float(std), "range": [float(low), float(high)]}:
+            return std > 0 and low <= high
+    return False
+
+
 def restore(checkpoint):
     """The model in a checkpoint; raises an error where something in it makes no sense."""
     arguments = checkpoint["arguments"]
-    sizes = [value for name, value in arguments.items() if name != "dropout"]
-    sensible = all(type(size) is int and size >= 1 for size in sizes)
-    if not sensible or arguments["n_layers"] > 100 or not 0 <= arguments["dropout"] <= 1:
-        raise InputError("a size or a dropout that makes no sense")
-    classes = {
-        c.__name__: c for head in SequenceModel.__subclasses__() for c in head.__subclasses__()
-    }
-    if checkpoint["class"] not in classes:
-        raise InputError(f"it is a {checkpoint['class']!r}")
+    if arguments["n_layers"] > 100:
+        raise InputError("it has more than 100 layers")
+    heads = SequenceModel.__subclasses__()
+    classes = {each.__name__: each for head in heads for each in head.__subclasses__()}
     with torch.device("meta"):  # takes no memory, whatever the sizes
         model = classes[checkpoint["class"]](**arguments)
-
-    weights = checkpoint["weights"]
-    expected = {name: (weight.shape, weight.dtype) for name, weight in model.state_dict().items()}
-    if expected != {name: (weight.shape, weight.dtype) for name, weight in weights.items()}:
-        raise InputError("its weights do not fit its model")
-    for weight in weights.values():
-        is_there = weight.untyped_storage().nbytes() >= weight.numel() * weight.element_size()
-        if not is_there or not weight.isfinite().all():
+    model.load_state_dict(checkpoint["weights"], assign=True)
+    for weight in model.parameters():
+        # else one number may stand for millions
+        if not weight.is_contiguous() or not weight.isfinite().all():
             raise InputError("weights that are not there, or not finite")
-    model.load_state_dict(weights, assign=True)
     model.metrics = checkpoint["metrics"]
     model.preprocessing = checkpoint["preprocessing"]
-    model.check_preprocessing()
+    for name, value in model.preprocessing.items():
+        if not is_sensible(name, value):
+            raise InputError(f"its {name} makes no sense")
+    model.predict(model.sample)  # raises an error if anything is missing or does not fit
     return model
 
 
@@ -1904,11 +1861,9 @@ def first_line(error):
 
 def count_parameters(model):
     """Trainable parameters of each part of the model that has any: embedding, recurrent, head."""
-    counts = {}
-    for name, part in model.named_children():
-        count = sum(weight.numel() for weight in part.parameters())
-        if count:
-            counts[name] = count
+    counts = Counter()
+    for name, weight in model.named_parameters():
+        counts[name.partition(".")[0]] += weight.numel()
     return counts
 
 
@@ -1918,25 +1873,20 @@ def describe_layers(model, inputs):
     layers = []
 
     def describe(module, _inputs, output):
-        tensor = output[0] if isinstance(output, tuple) else output
-        layers.append(
-            {
-                "kind": type(module).__name__,
-                "settings": module.extra_repr(),
-                "shape": list(tensor.shape[1:]),
-                "parameters": sum(p.numel() for p in module.parameters(recurse=False)),
-            }
-        )
+        if isinstance(module, Recurrent) or not list(module.children()):
+            tensor = output[0] if isinstance(output, tuple) else output
+            layers.append(
+                {
+                    "kind": type(module).__name__,
+                    "settings": module.extra_repr(),
+                    "shape": list(tensor.shape[1:]),
+                    "parameters": sum(p.numel() for p in module.parameters(recurse=False)),
+                }
+            )
 
-    hooks = [
-        module.register_forward_hook(describe)
-        for module in model.modules()
-        if isinstance(module, Recurrent) or not list(module.children())
-    ]
     model.eval()
-    model(inputs)
-    for hook in hooks:
-        hook.remove()
+    with nn.modules.module.register_module_forward_hook(describe):  # hears of all modules
+        model(inputs)
     return layers
 
 
@@ -1984,8 +1934,7 @@ class TaskData:
 
     def spelled(self, kind, answers):
         """Answers to the test examples as a record holds them: lists, the answers spelled out."""
-        table = DataFrame(answers)
-        return {"kind": kind, **as_lists(table.assign(answer=self.spell(table["answer"])))}
+        return {"kind": kind, **as_lists(answers.assign(answer=self.spell(answers["answer"])))}
 
 
 def as_lists(table):
@@ -2293,7 +2242,8 @@ class Task:
 
         `loss` and `score` are those of each example (N,), or their means.
         """
-        means = {"loss": float(np.mean(loss)), "score": float(np.mean(score))}
+        # np.mean of a Series would leave out what is not a number
+        means = {"loss": float(np.average(loss)), "score": float(np.average(score))}
         metrics = {
             metric.name: metric.transform(means[metric.source]) * unit**metric.unit_power
             for metric in self.metrics
@@ -2542,19 +2492,18 @@ def train_epoch(model, task, optimizer, loader, training):
 
 
 @torch.no_grad()
-def evaluate(model, task, dataset, answers=None, batch_size=512):
-    """Each example's loss, score and `answers` of its task: (N,) each, in the dataset's order."""
+def evaluate(model, task, dataset, batch_size=512):
+    """`Answers` of a model to the examples of a dataset."""
     model.eval()
-    measures = {"loss": task.loss, "score": task.score, **(answers or {})}
-    order = dataset.lengths.argsort(stable=True)  # batches of similar length: little padding
-    parts = {name: [] for name in measures}
-    for rows in order.split(batch_size):
+    measures = {"loss": task.loss, "score": task.score, **task.answers}
+    parts = []
+    # batches of similar length: little padding
+    for rows in dataset.lengths.argsort(stable=True).split(batch_size):
         inputs, target = dataset.batch(rows)
         output = model(inputs)
-        for name, measure in measures.items():
-            parts[name].append(measure(output, target))
-    places = order.argsort()
-    return {name: torch.cat(part).cpu()[places].numpy() for name, part in parts.items()}
+        answers = {name: measure(output, target).cpu() for name, measure in measures.items()}
+        parts.append(Answers(answers, index=rows.numpy()))
+    return pd.concat(parts).sort_index()
 
 
 def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: None):
@@ -2584,7 +2533,8 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
         start = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
         loss, score, gradient_norm, clipped = train_epoch(model, task, optimizer, loader, training)
-        validation = task.measure(**evaluate(model, task, data.validation), unit=data.unit)
+        answers = evaluate(model, task, data.validation)
+        validation = task.measure(answers["loss"], answers["score"], data.unit)
         losses.append(validation["loss"])
         if not math.isfinite(loss + losses[-1]):
             raise Diverged(
@@ -2653,33 +2603,31 @@ def measure_costs(task, models, training, data):
     """What a training step of each model costs, by its name.
 
     The models take turns on the same two full batches, of shorter and of longer examples: once to
-    warm up, then twice, of which the mean counts. Activations are those of a full batch
-    of the longest examples that may occur.
+    warm up, then twice, of which the mean counts. Activations are those of a full batch of the
+    longest examples that may occur.
     """
-    lengths = data.train.lengths
-    size = min(training.batch_size_for(len(data.train)), len(data.train))
-    buckets = LengthBuckets(lengths, size, random_generator(0, "costs"))
-    full = [rows for rows in buckets if len(rows) == size]
-    full.sort(key=lambda rows: lengths[rows].max())
-    batches = [data.train.batch(full[quarter * len(full) // 4]) for quarter in (1, 3)]
+    train = data.train
+    size = min(training.batch_size_for(len(train)), len(train))
+    by_length = train.lengths.argsort(stable=True)
+    starts = [(len(train) - size) * quarter // 4 for quarter in (1, 3)]
+    batches = [train.batch(by_length[start : start + size]) for start in starts]
+    length = data.preprocessing.get("max_words") or data.preprocessing["window"]
+    longest = train.inputs.new_ones(size, length, *train.inputs.shape[2:])
     seconds = {name: [] for name in models}
     for _ in range(3):
         for name, model in models.items():
             optimizer = new_optimizer(model, training, learning_rate=1e-3)
-            start = time.perf_counter()
-            train_epoch(model, task, optimizer, batches, training)
-            seconds[name].append((time.perf_counter() - start) / len(batches))
-    length = data.preprocessing.get("max_words") or data.preprocessing["window"]
-    longest = data.train.inputs.new_ones(size, length, *data.train.inputs.shape[2:])
+            steps = partial(train_epoch, model, task, optimizer, batches, training)
+            seconds[name].append(timeit.timeit(steps, number=1) / len(batches))
     costs = {}
     for name, model in models.items():
         step = np.mean(seconds[name][1:])
         costs[name] = {
             "kernel": kernel_name(model, batches[0][0]),
-            "activation_bytes": activation_bytes(model, task, (longest, data.train.targets[:size])),
+            "activation_bytes": activation_bytes(model, task, (longest, train.targets[:size])),
             "ms_per_step": round(1000 * step, 2),
             "samples_per_second": round(size / step),
-            "seconds_per_epoch": step * max(training.updates, len(buckets)),
+            "seconds_per_epoch": step * max(training.updates, math.ceil(len(train) / size)),
         }
     return costs
 
@@ -2688,17 +2636,14 @@ def gradient_by_step(model, task, data, n=64):
     """Norm of the loss's gradient at each embedded word, from the end: mean of `n` long reviews."""
     rows = data.test.lengths.topk(min(n, len(data.test))).indices
     inputs, targets = data.test.batch(rows)
-    lengths = data.test.lengths[rows]
-    embedded = []
+    last = data.test.lengths[rows, None] - 1  # (n, 1)
     model.train()  # cuDNN goes backward in training mode only
     model.dropout.eval()
-    hook = model.embedding.register_forward_hook(lambda _module, _ids, out: embedded.append(out))
-    with hook:
-        loss = task.loss(model(inputs), targets).sum()
-    gradient = torch.autograd.grad(loss, embedded[0])[0]  # (n, T, E)
-    sizes = gradient.norm(dim=2).cpu()  # (n, T)
-    back = lengths[:, None] - 1 - torch.arange(int(lengths.min()))  # (n, steps): position of each
-    return sizes.gather(1, back).mean(dim=0).tolist()
+    embedded = model.embedding(inputs)  # (n, T, E)
+    output = SequenceModel.forward(model, embedded, last[:, 0].to(inputs.device))
+    gradient = torch.autograd.grad(task.loss(output, targets).sum(), embedded)[0]  # (n, T, E)
+    back = last - torch.arange(int(last.min()) + 1)  # (n, steps): position of each
+    return gradient.norm(dim=2).cpu().gather(1, back).mean(dim=0).tolist()
 
 
 def forecasts(model, data, shown=120, horizon=120, stride=10):
@@ -2712,36 +2657,35 @@ def forecasts(model, data, shown=120, horizon=120, stride=10):
     windows = data.test.inputs[: len(data.test) - horizon + 1 : stride]  # (O, T, 1)
     truth = data.test.targets[:, 0].unfold(0, horizon, stride)  # (O, horizon)
     free = model.roll_forward(windows, horizon)  # (O, horizon)
-    curves = {
-        "truth": data.test.targets[:shown, 0],
-        "forecast": model.roll_forward(data.test.inputs[:shown], 1)[:, 0],
-        "free_truth": truth[0],
-        "free_forecast": free[0],
-    }
+
+    def in_series_units(values):
+        return (values * data.unit + data.offset).tolist()
 
     def by_horizon(values):
         return (((values - truth) ** 2).mean(dim=0) * data.unit**2).tolist()
 
     return {
-        **{name: (part * data.unit + data.offset).tolist() for name, part in curves.items()},
+        "truth": in_series_units(data.test.targets[:shown, 0]),
+        "forecast": in_series_units(model.roll_forward(data.test.inputs[:shown], 1)[:, 0]),
+        "free_truth": in_series_units(truth[0]),
+        "free_forecast": in_series_units(free[0]),
         "free_mse": by_horizon(free),
         "persistence_mse": by_horizon(windows[:, -1]),
         "variance": data.test.targets.var().item() * data.unit**2,
     }
 
 
-def effect_of_change(model, task, data):
-    """How far the output follows a change of what decides: (N,), nan for unchanged examples.
+def answers_and_effect(model, task, data):
+    """`Answers` to the test examples; `effect`: how far they follow a change of what decides.
 
-    A model that does not keep what was changed gives 0.
+    A model that does not keep what was changed gives 0, an unchanged example nan.
     """
-    effect = np.full(len(data.test), math.nan)
+    answers = evaluate(model, task, data.test)
     if data.change:
         rows, before, after = data.change
-        effect[rows] = task.effect(
-            evaluate(model, task, before, task.answers), evaluate(model, task, after, task.answers)
-        )
-    return effect
+        effect = task.effect(evaluate(model, task, before), evaluate(model, task, after))
+        answers.loc[rows, "effect"] = effect.to_numpy()
+    return answers
 
 
 # task: (task, trained model, untrained model, data) -> what a record holds beside answers
@@ -2939,8 +2883,7 @@ def train_and_test(run, experiment, data, on_epoch):
     model, history = trained_model(run, experiment, data, on_epoch)
 
     # the best validation weights are back: nothing is chosen by the test part, which is opened now
-    answers = evaluate(model, task, data.test, task.answers)
-    answers["effect"] = effect_of_change(model, task, data)
+    answers = answers_and_effect(model, task, data)
     model.metrics = task.measure(answers["loss"], answers["score"], data.unit)
     untrained = experiment.build_model(run, data)
     longest, _ = data.train.batch(data.train.lengths.topk(2).indices)
@@ -3639,7 +3582,7 @@ generated data. Brackets hold 95 % intervals of the paired difference over seeds
 narrower than the test examples alone leave it), where none is better the first minus the second.
 In a task's first metric a difference is called clear if it survives Holm's correction over all
 that are listed. Seconds are those of a run's training, with other runs beside it."""
-COSTS_NOTE = """Median time of a step, the models taking turns on the same batches if one command
+COSTS_NOTE = """Time of a step, the models taking turns on the same batches if one command
 trained them; activations: what the forward pass on a full batch of the longest possible examples
 keeps for the backward pass. The kernel is the implementation of the recurrent layer that ran:
 times compare kernels as much as cells."""

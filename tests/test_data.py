@@ -428,7 +428,7 @@ def test_the_effect_of_a_change_is_what_the_output_makes_of_it(data):
     for name, task in rnn.TASKS.items():
         own = data[name]
         model = new_model(name, "GRU", data).eval()
-        effect = rnn.effect_of_change(model, task, own)
+        effect = rnn.answers_and_effect(model, task, own)["effect"]
         assert len(effect) == len(own.test)
         row = own.change.rows[1]
         (old, target), (new, _) = (part.batch([1]) for part in own.change[1:])
