@@ -42,7 +42,6 @@ import pickletools
 import platform
 import re
 import signal
-import stat
 import sys
 import tempfile
 import threading
@@ -798,22 +797,22 @@ MISSING = ("", "na", "nan", "null", "none")  # cells without a value, in lower c
 SEPARATORS = {";": "semicolons", "\t": "tabs", ",": "commas"}
 MOST_BYTES = 500_000_000  # of a text, unpacked
 DAY = 86_400  # seconds
-CALENDAR = {"year": "", "month": "1", "day": "1", "hour": "0", "minute": "00"}  # else the value
+CALENDAR = {"year": "", "month": "-", "day": "-", "hour": " ", "minute": ":"}  # with what is ahead
+NUMBER_AHEAD = r"\W*\d++(?![^\W\d_e])"  # a cell that begins with a number
 
 
 def read_text(path):
-    """The text of a file, unpacked if its name ends in .gz, and notes on it; raises InputError.
+    """The text of a file, or of standard input for "-", and notes on it; raises InputError.
 
-    It is UTF-8, or UTF-16 with its mark; what is neither is taken for Windows-1252.
+    It is unpacked if the name ends in .gz. It is UTF-8, or UTF-16 with its mark; what is neither is
+    taken for Windows-1252.
     """
     try:
-        with Path(path).open("rb") as file:
-            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
-                raise InputError(f"{path}: a device, not a file")
+        if Path(path).is_char_device():
+            raise InputError(f"{path}: a device, not a file")
+        with open(os.dup(0) if path == "-" else path, "rb") as file:  # noqa: PTH123
             packed = str(path).lower().endswith(".gz")
             content = (gzip.GzipFile(fileobj=file) if packed else file).read(MOST_BYTES + 1)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({why})") from error
@@ -844,68 +843,87 @@ def some(values):
 
 
 def split_rows(text, separator, quoting=csv.QUOTE_MINIMAL, strict=False):
-    """The rows of a CSV text as lists of cells, and how many cells most of the filled rows have."""
+    """The rows of a CSV text as lists of cells, how many cells most rows have, what share they are.
+
+    Empty rows are not counted.
+    """
     csv.field_size_limit(MOST_BYTES)  # a review may be long
     lines = io.StringIO(text, newline="")
     rows = list(csv.reader(lines, delimiter=separator, quoting=quoting, strict=strict))
     widths = Counter(len(row) for row in rows if row)
-    return rows, widths.most_common(1)[0][0]
+    width, count = widths.most_common(1)[0]
+    return rows, width, count / widths.total()
 
 
 def find_separator(text):
     """The separator that gives most of the first rows the same number of cells, two or more."""
-    named = re.match(r"\s*sep=([;,\t])\s*\n", text)
-    if named:
-        return named[1]
-    share = {}
-    for separator in SEPARATORS:
-        rows, width = split_rows(text[:100_000], separator)
-        # "1,5" may be one number
-        telling = [row for row in rows if not re.fullmatch(r"[-+]?\d+,\d+", ",".join(row))] or rows
-        share[separator] = np.mean([len(row) == width > 1 for row in telling if row])
-    return max(share, key=share.get)
+    sample = text[:100_000]
+    # "1,5" may be one number
+    sample = re.sub(r"(?m)^ ?[-+]?\d+,\d+\r?$", "", sample).strip() or sample
+
+    def evenness(separator):
+        _, width, share = split_rows(sample, separator)
+        return width > 1, share
+
+    return max(SEPARATORS, key=evenness)
 
 
-def read_table(text):
-    """The cells of a CSV text as strings, header among them; the separator; notes. InputError.
+def split_header(table, names):
+    """Header and rows of a table; without a header the columns are called 1, 2, 3.
+
+    The first row is the header if no cell of it begins with a number or stands below it again, as
+    labels do. If some cells do, it still is one if another is among `names`, or the first is empty.
+    """
+    header = table.iloc[0]
+    rows = table.iloc[1:]
+    recurs = (rows == header).any() & (header != "")
+    is_data = recurs | header.str.match(NUMBER_AHEAD)
+    named = header.str.lower().isin([name.lower() for name in names if name]) & ~recurs
+    is_named = named.any() or header[0] == ""
+    if is_data.all() or (is_data.any() and not is_named):
+        return [str(i) for i in range(1, len(header) + 1)], table
+    return header.tolist(), rows
+
+
+def read_table(text, names):
+    """Header and rows of a CSV text, all strings; its separator; notes. Raises InputError.
 
     Rows are numbered as in a spreadsheet. Comments and titles above the table are left out.
-    Quotation marks are text if all rows have equally many cells without them.
+    `names`: see `split_header`.
     """
     separator = find_separator(text)
-    rows, width = split_rows(text, separator, csv.QUOTE_NONE)
-    if '"' in text:
-        is_even = all(len(row) in (0, width) for row in rows)
+    readings = [split_rows(text, separator, csv.QUOTE_NONE)]
+    if '"' in text:  # quotation marks are text if rows are as even without them, and more
         with suppress(csv.Error):
-            quoted, quoted_width = split_rows(text, separator, strict=True)
-            if not is_even or width != quoted_width or len(quoted) == len(rows):
-                rows = quoted
-                width = quoted_width
+            readings.insert(0, split_rows(text, separator, strict=True))
+    rows, width, _ = max(readings, key=lambda reading: (reading[2], len(reading[0])))
 
     def is_title(row):
-        is_alone = width > 1 and not any(row[1:]) and not len(row) == width == 2  # "date,"
+        is_alone = width > 1 and not any(row[1:]) and len(row) != 2  # "date," is a header
         return not row or row[0].startswith(("#", "sep=")) or is_alone
 
     first = next((i for i, row in enumerate(rows) if not is_title(row)), 0)
-    while rows[1:] and not "".join(rows[-1]).strip():  # spreadsheets add rows of nothing
+    while len(rows) > 1 and not "".join(rows[-1]).strip():  # spreadsheets add rows of nothing
         rows.pop()
     above = rows[first - 1] if first else []
-    if above and len(above) == width > 1 and re.match(r"\W*\d", rows[first][0]):
+    if len(above) == width > 1 and re.match(r"\W*\d", rows[first][0]):
         first -= 1  # a header behind a comment sign
         rows[first][0] = above[0].lstrip("# ")
-    if len(rows[first]) == width - 1 > 0 and all(len(row) == width for row in rows[first + 1 :]):
+    if len(rows[first]) == width - 1 > 0:
         rows[first].insert(0, "")  # R gives the names of the rows no header
     titles = [" ".join(row)[:60].strip() for row in rows[:first] if row]
     notes = [f"above the table, left out: {some(titles)}"] if titles else []
+    cells = []
     for number, row in enumerate(rows[first:], start=first + 1):
         if any(row[width:]):
             raise InputError(
                 f"not a table of {SEPARATORS[separator]}: row {number} has {len(row)} cells, most "
                 f"have {width}; a cell that holds a separator goes into quotation marks"
             )
-    cells = [row[:width] + [""] * (width - len(row)) for row in rows[first:]]
+        filled = row[:width] + [""] * (width - len(row))
+        cells.append([cell.strip() for cell in filled])
     table = DataFrame(cells, index=range(first + 1, len(rows) + 1), dtype=object)
-    return table.apply(lambda column: column.str.strip()), separator, notes
+    return *split_header(table, names), separator, notes
 
 
 def find_column(header, named, usual, option):
@@ -930,31 +948,15 @@ def find_column(header, named, usual, option):
     )
 
 
-def split_header(table, names):
-    """Header and rows of a table of reviews, without blank lines.
-
-    The first row is the header if it holds one of the `names`, or nothing that stands below it
-    again, as labels do. Without one the columns are called 1, 2, 3.
-    """
-    header = table.iloc[0].tolist()
-    rows = table.iloc[1:]
-    rows = rows[(rows != "").any(axis=1)]
-    recurs = (rows == header).any() & (table.iloc[0] != "")
-    words = {name.lower() for name in header if not name.isdecimal()}
-    if recurs.any() and not words & set(names):
-        return [str(i) for i in range(1, len(header) + 1)], table[(table != "").any(axis=1)]
-    return header, rows
-
-
 def read_reviews(text, text_column="", label_column=""):
     """The reviews of a CSV text with a column of texts and one of two or more labels, and notes;
     raises InputError.
 
     Of two labels the second counts as positive, in alphabetical or numerical order.
     """
-    table, _, notes = read_table(text)
-    names = (*TEXT_COLUMNS, *LABEL_COLUMNS, text_column.lower(), label_column.lower())
-    header, rows = split_header(table, names)
+    names = (*TEXT_COLUMNS, *LABEL_COLUMNS, text_column, label_column)
+    header, rows, _, notes = read_table(text, names)
+    rows = rows[(rows != "").any(axis=1)]
     if header == ["1", "2"] and not text_column:  # the labels are those that recur
         label_column = header[int(rows.nunique().idxmin())]
         text_column = header[2 - int(label_column)]
@@ -990,125 +992,90 @@ def read_numbers(cells, separator):
     They are written as 1,234.5 or as 1.234,5 or as 1 234.5, with a currency or per cent sign or
     without: in the way in which most cells can be read.
     """
-    numbers = pd.to_numeric(cells, errors="coerce")
-    if separator != ";" and np.isfinite(numbers).all():
-        return numbers, []
     around = r"^([-+]?)[$€£¥₹]\s*|\s*[$€£¥₹%]$|(?<=\d)[\s'’](?=\d{3}(?!\d))"
     plain = cells.str.replace("\u2212", "-").str.replace(around, r"\1", regex=True)
+    # the last group has three digits, in India the others have two
+    grouped = r"[-+]?[1-9]\d{0,2}(?:,\d\d\d?)*,\d{3}(?:\.\d*)?"
     readings = []
-    for grouping, decimal in (",.", ".,"):
-        # the last group has three digits, in India the others have two
-        start = rf"[-+]?[1-9]\d{{0,2}}(?:\{grouping}\d\d\d?)*"
-        pattern = rf"{start}\{grouping}\d{{3}}(?:\{decimal}\d*)?"
-        groups = plain.str.fullmatch(pattern)
-        without = plain.mask(groups, plain.str.replace(grouping, ""))
-        without = without.mask(without.str.contains(grouping, regex=False), "")
-        readings.append(pd.to_numeric(without.str.replace(decimal, "."), errors="coerce"))
-    points, commas = readings
-    if points.count() != commas.count():
+    for written in (plain, plain.str.translate(str.maketrans(",.", ".,"))):
+        ungrouped = written.mask(written.str.fullmatch(grouped), written.str.replace(",", ""))
+        readings.append(pd.to_numeric(ungrouped, errors="coerce"))
+    decimal = "."
+    if separator == ";":
+        decimal = ","
+        readings.reverse()
+    usual, other = readings
+    differs = usual.notna() & (usual != other)
+    if usual.count() != other.count() or not differs.any():
         return max(readings, key=Series.count), []
-    differs = points.notna() & (points != commas)
-    if not differs.any():
-        return points, []
     # all that has a sign has three digits behind it: groups, or decimals?
     cell = plain[differs].iloc[0]
-    if "." in cell and separator != ";":
-        return points, []
-    if "," in cell and separator == ";":
-        return commas, []
-    whole = points[points.notna() & ~differs]
+    if decimal in cell:
+        return usual, []
+    number = f"{usual[differs].iloc[0]:.15g}"
+    whole = usual[usual.notna() & ~differs]
     if whole.empty or whole.abs().max() >= 1000:
         raise InputError(
-            f"{cell!r} may be {points[differs].iloc[0]:.15g} or {commas[differs].iloc[0]:.15g}; "
+            f"{cell!r} may be {number} or {other[differs].iloc[0]:.15g}; "
             "write it without a sign between thousands, and with a point before decimals"
         )
-    grouped = points if "," in cell else commas
-    return grouped, [f"{cell!r} and the like were read as {grouped[differs].iloc[0]:.15g}"]
+    return usual, [f"{cell!r} and the like were read as {number}"]
 
 
-def time_columns(table):
-    """The first column of dates, years, 20240131 or Unix seconds, and one of clock times."""
+def time_columns(table, header):
+    """The columns that hold the times of the rows, in the order in which a time is written.
+
+    These are the first column of dates, or those that are called as in `CALENDAR`, or years,
+    20240131 or Unix seconds in the first column; and one of clock times.
+    """
     sample = table.head(1000)
 
-    def those_of(pattern, columns=table.columns):
-        return [i for i in columns if sample[i].str.contains(pattern).mean() > 0.9]
+    def those_of(pattern):
+        return [i for i in table if sample[i].str.contains(pattern).mean() > 0.9]
 
-    first = table.columns[:1]  # elsewhere plain numbers are values
     year = r"(?<!\d)(?:19|20)\d\d(?!\d)"
     day = r"\d[-/.]\d+[-/.]\d|\d[-/. ][A-Za-z]{3}[-/. ]\d\d$"
-    dates = those_of(rf"^(?!-?\d+[.,]?\d*$).*(?:{year}|{day})")
-    dates = those_of(r"^(?:1[5-9]|20)\d\d(?:\d{4})?$|^1\d{9}(?:\d{3})?$", first) or dates
-    others = table.columns.difference(dates[:1])
-    return dates[:1] + those_of(r"^\d\d?:\d\d|^\d\d\.\d\d\.\d\d$", others)[:1]
+    dates = those_of(rf"^(?!-?\d+[.,]?\d*$).*(?:{year}|{day})")[:1]
+    clocks = [i for i in those_of(r"^\d\d?:\d\d|^\d\d\.\d\d\.\d\d$") if i not in dates]
+    places = {header[i].lower(): i for i in table}
+    if not dates and "year" in places:
+        dates = [places[part] for part in CALENDAR if part in places]
+    if not dates:  # elsewhere plain numbers are values
+        numbers = those_of(r"^(?:1[5-9]|20)\d\d(?:\d{4})?$|^1\d{9}(?:\d{3})?$")
+        dates = [i for i in table.columns[:1] if i in numbers]
+    return dates + clocks[:1]
 
 
-def read_times(table, header):
-    """The times (N,) of the rows of a table, None if it has none, and notes.
-
-    They stand in its `time_columns`, or in columns that are called as in `CALENDAR`.
-    """
-    columns = time_columns(table)
-    parts = {header[i].lower(): i for i in table if header[i].lower() in CALENDAR}
-    if "year" in parts and not time_columns(table.drop(columns=list(parts.values()))):
-        year, month, day, hour, minute = (
-            table[parts[name]] if name in parts else default for name, default in CALENDAR.items()
-        )
-        cells = year + "-" + month + "-" + day + " " + hour + ":" + minute
-    elif columns:
-        cells = table[columns[0]]
-        if len(columns) == 2:
-            clock = table[columns[1]].str.replace(".", ":")
-            cells = cells + " " + clock
-    else:
-        return None, []
-    readings = []
+def read_times(cells):
+    """The times in a column of strings, without those that cannot be read."""
     if cells.str.fullmatch(r"\d{10,13}").all():
         seconds = cells.astype(float)
-        readings.append(pd.to_datetime(seconds, unit="s" if seconds.max() < 1e11 else "ms"))
+        return pd.to_datetime(seconds, unit="s" if seconds.max() < 1e11 else "ms")
+    readings = []
     for day_first in (False, True):  # 13/02 is what it must be
         with warnings.catch_warnings(action="ignore"):
             times = pd.to_datetime(cells, errors="coerce", utc=True, dayfirst=day_first)
-        readings.append(times.dt.tz_localize(None))
-    readings = [times.dropna() for times in readings if times.notna().mean() > 0.9]
-
-    def turns(times):  # the right reading rises or falls throughout
-        falls = (times.diff().iloc[1:] <= pd.Timedelta(0)).sum()
-        return min(falls, len(times) - 1 - falls)
-
-    times = min(readings, key=turns, default=None)
-    unread = cells.index if times is None else cells.index.difference(times.index)
-    if len(unread):
-        row = unread[-1]
-        return times, [f"row {row} holds no time that can be read ({cells[row]!r})"]
-    return times, []
+        readings.append(times.dt.tz_localize(None).dropna())
+    # right is the one in which most can be read; of two, the one with the more even steps
+    return min(readings, key=lambda times: (len(times) < 0.9 * len(cells), times.diff().std()))
 
 
 def check_times(times):
     """Notes on the times of a series, its gaps; raises InputError unless all rise."""
     steps = times.diff().dt.total_seconds().iloc[1:]
     back = steps.index[steps <= 0]
-    # the same hour twice in autumn is no fault
-    autumns = 1 + (times.max() - times.min()).days / 180
-    is_hour = (steps[back] > -3601).all() and steps.median() <= 3600
-    if len(back) and not (is_hour and len(back) <= autumns):
-        row = back[0]
-        raise InputError(
-            f"row {row}: {times[row]:%Y-%m-%d %H:%M:%S} is not later than the row before it. If "
-            "there are several series in the column, keep one; else put the rows in order of time"
-        )
-    if steps.min() >= 28 * DAY:  # months and years differ in length
-        lengths = (12 * times.dt.year + times.dt.month).diff().iloc[1:]
-    elif steps.min() >= DAY and (times.dt.day_of_week < 5).all():
-        days = times.to_numpy().astype("datetime64[D]")
-        lengths = Series(np.busday_count(days[:-1], days[1:]), steps.index)
-    else:
-        lengths = steps
-    gaps = lengths.index[lengths > 1.5 * lengths.median()]
     notes = []
     if len(back):
-        notes.append(
-            f"the times go back at row {back[0]}, by an hour or less: a change of the clock?"
-        )
+        row = back[0]
+        # the same hour twice in autumn is no fault
+        is_hour = steps.min() > -3601 and steps.median() <= 3600
+        if not is_hour or len(back) > times.dt.year.nunique():
+            raise InputError(
+                f"row {row}: {times[row]} is not later than the row before it. If there are "
+                "several series in the column, keep one; else put the rows in order of time"
+            )
+        notes.append(f"the times go back at row {row}, by an hour or less: a change of the clock?")
+    gaps = steps.index[steps > 1.5 * steps.quantile(0.9)]  # months differ, and weekends are usual
     if len(gaps):
         wait = pd.Timedelta(seconds=steps[gaps[0]])
         notes.append(
@@ -1120,22 +1087,21 @@ def check_times(times):
 
 def check_codes(values):
     """Raise InputError where an extreme value looks like a code for a missing one, as -999."""
-    levels, counts = np.unique(values, return_counts=True)
-    if len(levels) < 10:
+    if len(set(values)) < 10:
         return
-    for code, count, rest in (
-        (levels[0], counts[0], levels[1:]),
-        (levels[-1], counts[-1], levels[:-1]),
-    ):
-        distance = np.abs(rest - code).min()
+    for code in (values.min(), values.max()):
         others = values[values != code]
-        is_only_negative = code < 0 <= rest[0] and distance > 0.1 * np.ptp(rest)
+        low = others.min()
+        high = others.max()
+        distance = np.abs(others - code).min()
+        count = len(values) - len(others)
+        is_only_negative = code < 0 <= low and distance > 0.1 * (high - low)
         is_usual = set(f"{code:g}") <= set("-9.")  # once is enough of -9999
         is_far = is_only_negative or distance > 3 * others.std()
         if is_far and (is_usual or count >= 3):
             raise InputError(
                 f"{code:g} stands there {count:,} times, far from all other values "
-                f"({rest[0]:g} to {rest[-1]:g}): if it means that a value is missing, put values in"
+                f"({low:g} to {high:g}): if it means that a value is missing, put values in"
             )
 
 
@@ -1143,28 +1109,25 @@ def read_series(text, column=""):
     """The values (N,) of a column of a CSV text, in order of time, and notes; raises InputError.
 
     Without a name it is the only column of which most cells are numbers, but for that of the
-    times. The header is the first row if it holds no number, or the column's name and another
-    word; further rows of words below it are left out. Without a header the columns are called 1,
-    2, 3.
+    times. Rows of words below the header are left out.
     """
-    table, separator, notes = read_table(text)
-    header = table.iloc[0].tolist()
-    is_data = table.head(20).apply(lambda cells: cells.str.match(r"\W*\d++(?![^\W\d_e])"))
-    names_column = not header[0] or column in filter(None, header)
-    if not is_data.iloc[0].any() or (names_column and not is_data.iloc[0].all()):
-        below = is_data.iloc[1:].any(axis=1)
-        first = below.idxmax() if below.any() else table.index[-1] + 1
-        if first > table.index[0] + 1:
-            notes.append(f"what stands between the header and row {first} was left out")
+    header, table, separator, notes = read_table(text, [column])
+    if table.empty:
+        raise InputError("no row below the header")
+    # units may stand below the header
+    is_data = table.head(20).apply(lambda cells: cells.str.match(NUMBER_AHEAD)).any(axis=1)
+    first = is_data.idxmax()
+    if first > table.index[0]:
+        notes.append(f"what stands between the header and row {first} was left out")
         table = table.loc[first:]
-    else:
-        header = [str(i) for i in range(1, len(header) + 1)]
     if len(header) == 1 and table[0].str.contains(r"\S\s+\S").mean() > 0.5:
         raise InputError("one column of cells with blanks in them; save it with commas")
+
+    # the column of the values
     number = r"(?!\d\d?\.\d\d?\.)\W*\d[\d.,\s'’]*(?:e[-+]?\d+)?\s*[%$€£¥₹]?"
     numeric = [i for i in table if table[i].head(1000).str.fullmatch(number).mean() > 0.5]
     if len(numeric) > 1:
-        of_time = time_columns(table)
+        of_time = time_columns(table, header)
         numeric = [i for i in numeric if i not in of_time and header[i].lower() not in CALENDAR]
     if column:
         place = find_column(header, column, (), "series")
@@ -1175,26 +1138,39 @@ def read_series(text, column=""):
             f"{len(numeric) or 'no'} numeric columns among {some(header)} (separated by "
             f"{SEPARATORS[separator]}); name one with --series-column"
         )
-    if table.empty:
-        raise InputError("no row below the header")
+
+    # the values
     numbers, more = read_numbers(table[place], separator)
     notes.extend(more)
-    for row, cell in table[place][~np.isfinite(numbers)].items():  # the first will do
+    unread = table[place][~np.isfinite(numbers)]
+    if len(unread):
+        cell = unread.iloc[0]
         found = f"{cell[:40]!r}, which is not a finite number"
         if cell.lower() in MISSING:
             found = "no value"
-        raise InputError(f"row {row} holds {found} in the column {header[place]!r}")
-    values = numbers.to_numpy(dtype=float, copy=True)
-    times, more = read_times(table.drop(columns=place), header)
-    notes.extend(more)
-    if times is not None:
+        raise InputError(f"row {unread.index[0]} holds {found} in the column {header[place]!r}")
+    values = numbers.to_numpy(dtype=float)
+
+    # the times: one text a row, of the columns that tell them
+    others = table.drop(columns=place)
+    columns = time_columns(others, header)
+    if columns:
+        cells = others[columns[0]]
+        for i in columns[1:]:
+            part = others[i].str.zfill(2).str.replace(".", ":")
+            cells = cells + CALENDAR.get(header[i].lower(), " ") + part
+        times = read_times(cells)
+        unread = cells.drop(times.index)
+        if len(unread):
+            row = unread.index[-1]
+            notes.append(f"row {row} holds no time that can be read ({unread[row]!r})")
         if times.diff().max() < pd.Timedelta(0):
             times = times[::-1]
-            values = values[::-1].copy()
+            values = values[::-1]
             notes.append("the newest values came first; they were turned round")
         notes.extend(check_times(times))
     check_codes(values)
-    return values, notes
+    return values.copy(), notes
 
 
 # ======================================================================================
@@ -4313,16 +4289,18 @@ def make_report(folder, failed=0):
 # Command line
 # ======================================================================================
 
+SEEDS = (0, 9e18)
+COUNTS = (1, 1e6)
 RANGES = {  # least and most of the options that are numbers; all are of the type of the least
-    "seeds": (0, 9e18),
-    "epochs": (1, 1e6),
+    "seeds": SEEDS,
+    "epochs": COUNTS,
     "learning_rate": (1e-6, 1),
-    "hidden_dim": (1, 1e5),
-    "window": (1, 1e6),
-    "workers": (1, 1e4),
-    "length": (1, 1e6),
+    "hidden_dim": COUNTS,
+    "window": COUNTS,
+    "workers": COUNTS,
+    "length": COUNTS,
     "temperature": (0.0, 100),
-    "seed": (0, 9e18),
+    "seed": SEEDS,
 }
 CHOICES = {
     "tasks": TASKS,
@@ -4373,34 +4351,29 @@ def usable_cores(quota_file=Path("/sys/fs/cgroup/cpu.max")):
 
 def user_data(option, given, columns=()):
     """What a user gave for `reviews`, `corpus` or `series`: a path, or the data; InputError."""
+    columns = tuple(map(str, columns))
     is_name = isinstance(given, str) and (len(given) < 256 or " " not in given)
     if is_name or isinstance(given, os.PathLike):
         path = str(given)
-        # os.path, for Path's raise if a name is too long
-        if not path or os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
-            raise InputError(
-                f"{path!r}: not a regular file; a run needs one that can be read again"
-            )
+        if not os.path.isfile(path):  # noqa: PTH113 (Path's raises if a name is too long)
+            raise InputError(f"{path}: no such file, or not a regular file, to be read again")
         text, notes = read_text(path)
-        return UserData(path, text, tuple(columns), tuple(notes))
+        return UserData(path, text, columns, tuple(notes))
     try:
         if option == "corpus":
-            text = given if isinstance(given, str) else "\n".join(given)
-        elif option == "reviews" and not isinstance(given, DataFrame):
-            texts, labels = given
-            text = DataFrame({"text": list(texts), "label": list(labels)}).to_csv(
-                index=False, lineterminator="\r\n"
-            )
-        else:
-            table = DataFrame(given)  # names that are numbers would be taken for values
-            table.columns = [re.sub(r"^(?=\d)", "x", str(name)) for name in table]
-            is_named = not isinstance(table.index, pd.RangeIndex)
-            text = table.to_csv(index=is_named, na_rep="nan", lineterminator="\r\n")
+            return UserData(option, given if isinstance(given, str) else "\n".join(given), columns)
+        if option == "reviews" and not isinstance(given, DataFrame):
+            given = DataFrame(zip(*given, strict=True), columns=["text", "label"])
+        table = DataFrame(given)  # names that are numbers would be taken for values
+        table.columns = [re.sub(r"^(?=\d)", "x", str(name)) for name in table]
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{option}: {first_line(error)}; a path is needed, or (texts, labels), a text, values"
         ) from error
-    return UserData(option, text, tuple(map(str, columns)))
+    is_named = not isinstance(table.index, pd.RangeIndex)
+    missing = "nan" if option == "series" else ""  # a blank line would be no row
+    text = table.to_csv(index=is_named, na_rep=missing, lineterminator="\r\n")
+    return UserData(option, text, columns)
 
 
 def configure(options):
@@ -4429,8 +4402,8 @@ def configure(options):
 
 def default_folder(config, quick):
     """Where files go if nothing else is said: named after the user's files."""
-    files = [of_task.file.path for of_task in config.values() if of_task.file]
-    stems = [Path(file.removesuffix(".gz")).stem for file in files]
+    files = [of_task.file for of_task in config.values() if of_task.file]
+    stems = [Path(file.path.removesuffix(".gz")).stem for file in files]
     own = "_".join(["own", *stems]) if stems else ""
     return Path("outputs", "quick" if quick else own)
 
@@ -4512,24 +4485,24 @@ def run(
 
     # learning rates, then the runs
     failed = 0
-    pairs = list(product(experiment.tasks, experiment.models))
     rates = {}
-    for task, model in pairs:
-        rates[task, model] = learning_rate or CELLS[cell_name(model)].learning_rates[task]
     tuned = []
     if tune:
         tuned = experiment.tasks
     elif tune is None and not learning_rate and not quick:
         tuned = [name for name in experiment.tasks if config[name].file]
     if tuned:
-        found, table = tune_rates(experiment, tuned, RATES[4:6] if quick else RATES[4:7])
-        rates = {pair: rate for pair, rate in rates.items() if pair[0] not in tuned} | found
+        rates, table = tune_rates(experiment, tuned, RATES[4:6] if quick else RATES[4:7])
         write_table(folder, "tuning", table)
         figure = {"learning_rates": partial(learning_rates_figure, table)}
         failed = draw_figures(folder, figure)[1]
-        for pair in pairs:
+        for pair in product(tuned, experiment.models):
             rate = rates.get(pair, "none, because of the failures above")
             tell(f"learning rate of {' '.join(pair)}: {rate}")
+    pairs = list(product(experiment.tasks, experiment.models))
+    for task, model in pairs:
+        if task not in tuned:
+            rates[task, model] = learning_rate or CELLS[cell_name(model)].learning_rates[task]
     runs = []
     for seed in experiment.seeds:
         runs.extend(Run(task, BASELINES, seed) for task in experiment.tasks)
@@ -4548,12 +4521,8 @@ def tell_notes(notes):
 
 
 def read_source(source):
-    """The input of --predict: standard input for "-", a file's text, or the words themselves."""
-    if source == "-":
-        if sys.stdin is None:
-            raise InputError("standard input is closed")
-        return sys.stdin.buffer.read(MOST_BYTES).decode(errors="replace")
-    is_file = os.path.exists(source)  # noqa: PTH110 (Path's raises if a text is too long)
+    """The input of --predict: what `read_text` reads, or the words themselves."""
+    is_file = source == "-" or os.path.exists(source)  # noqa: PTH110 (Path's raises if too long)
     if is_file or re.search(r"(?i)\.(txt|[ct]sv|gz)$", source):  # else a typo would be words
         text, notes = read_text(source)
         tell_notes(notes)
@@ -4565,10 +4534,9 @@ def print_labels(model, source, options):
     """Label and probability of each line; of a CSV file, a CSV with them beside each text."""
     text = read_source(source)
     if re.search(r"(?i)\.[ct]sv(\.gz)?$", source):
-        table, _, notes = read_table(text)
-        tell_notes(notes)
         text_column = options.get("text_column", "")
-        header, rows = split_header(table, [*TEXT_COLUMNS, text_column.lower()])
+        header, rows, _, notes = read_table(text, [*TEXT_COLUMNS, text_column])
+        tell_notes(notes)
         texts = rows[find_column(header, text_column, TEXT_COLUMNS, "text")].tolist()
         answers = DataFrame(model.predict(texts), columns=["label", "probability"]).round(4)
         say(for_spreadsheet(answers.assign(text=texts), missing="-").rstrip("\n"))
@@ -4668,14 +4636,11 @@ def parse_args(argv=None):
     for name, text in HELP.items():
         flag = f"--{name.replace('_', '-')}"
         kind = type(RANGES[name][0]) if name in RANGES else str
-        if name == "tune":
+        if name in ("quick", "tune", "resume", "report"):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif name in ("quick", "resume", "report"):
-            parser.add_argument(flag, action="store_true", help=text)
-        elif name in ("tasks", "models", "seeds"):
-            parser.add_argument(flag, type=kind, nargs="+", help=text)
         else:
-            parser.add_argument(flag, type=kind, help=text)
+            number = "+" if name in ("tasks", "models", "seeds") else None
+            parser.add_argument(flag, type=kind, nargs=number, help=text)
     parser.add_argument(
         "--predict",
         nargs=2,

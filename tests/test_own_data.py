@@ -229,6 +229,9 @@ def test_series_with_and_without_header_and_blank_lines_around(text, column, val
         ("#d,x,y\n2020-01-01,1,2\n2020-01-02,3,4\n", "y", [2, 4]),
         ('"x","y"\n"1",5,6\n"2",7,8\n', "y", [6, 8]),
         ("year,month,x\n2020,11,1\n2020,12,2\n2021,1,3\n", "x", [1, 2, 3]),
+        ("year,month,day,hour,x\n2020,1,2,0,1\n2020,1,1,23,2\n2020,1,1,9,3\n", "x", [3, 2, 1]),
+        ("a,1990\n1,3\n2,4\n", "1990", [3, 4]),
+        (",0,1\n0,3,5\n1,4,6\n", "1", [5, 6]),
         (
             "d,x\n29/02/20,1\n28/02/20,2\n",
             "",
@@ -288,7 +291,7 @@ def test_integer_labels_of_many_digits_stay_apart():
 @pytest.mark.parametrize("content", ["t,x\n" + "\n" * 30_000 + "a,1\n", "t,x\n" + ",\n" * 60_000])
 def test_rows_of_nothing_take_no_time(content):
     begin = time.monotonic()
-    rnn.read_table(content)
+    rnn.read_table(content, [])
     assert time.monotonic() - begin < 5
 
 
@@ -315,6 +318,21 @@ def test_times_are_even_or_it_is_said(times, notes):
     assert values[0] == (0 if times[0] < times[1] else (len(times) - 1) % 13)
     if notes and times[0] < times[1]:
         assert "the first of 4 days" in said[0] and "row 11" in said[0]
+
+
+@pytest.mark.parametrize("order", ["%d/%m/%Y", "%m/%d/%Y", "%d.%m.%y"])
+def test_of_two_readings_of_a_date_the_one_with_even_steps_is_right(order):
+    months = pd.date_range("2000-01-01", periods=60, freq="MS")
+    assert rnn.read_series(dated(months.strftime(order)))[1] == []
+
+
+def test_steps_that_are_usual_are_no_gaps():
+    hours = pd.date_range("2022-01-03", periods=960, freq="h")
+    hours = hours[(hours.hour > 8) & (hours.hour < 18)]
+    assert rnn.read_series(dated(hours))[1] == []
+    weeks = DAYS[DAYS.day_of_week < 5]
+    [said] = rnn.read_series(dated([*weeks[:9], *weeks[14:]]))[1]
+    assert "gaps in time (1)" in said and "before row 11" in said
 
 
 def test_an_hour_twice_in_autumn_and_times_that_cannot_be_read_are_said():
@@ -488,7 +506,7 @@ def sine_with(row):
         ("series", sine_with("1981,inf"), "row 10 holds 'inf', which is not a finite number"),
         ("series", sine_with("1981,o.5"), "row 10 holds 'o.5', which is not a finite number"),
         ("series", "t,x,x\na,1,2\nb,3,4\n", "2 numeric columns among t, x, x"),
-        ("series", "t;x\na;1.029\nb;1.345\n", "'1.029' may be 1.029 or 1029"),
+        ("series", "t;x\na;1.029\nb;1.345\n", "'1.029' may be 1029 or 1.029"),
         ("series", 't,x\na,"1,029"\nb,"1,345"\n', "'1,029' may be 1029 or 1.029"),
         ("series", dated(2 * [day] for day in DAYS), "row 3: 2022-01-01 00:00:00 is not later"),
         ("series", dated([*DAYS[:9], *DAYS[:9]]), "row 11: 2022-01-01 00:00:00 is not later"),
@@ -498,6 +516,11 @@ def sine_with(row):
             "one column of cells with blanks",
         ),
         ("series", PANEL, "row 12: 1960-01-01 00:00:00 is not later"),
+        (
+            "series",
+            dated([*DAYS.strftime("%Y-%m-%d"), "-020-01-30"]),
+            "row 62: -020-01-30 00:00:00 is",
+        ),
         ("series", dated([[day] for day in DAYS], {9: -9999}), "-9999 stands there 1 times"),
         ("series", dated([[day] for day in DAYS], {7: -999, 9: -999, 20: -999}), "-999 stands"),
     ],

@@ -310,7 +310,7 @@ def test_one_bar_fits_a_terminal_of_80_columns(tmp_path):
         (["--quick", "--series", "FILE", "--series-column", "u"], "no column 'u'"),
         (["--reviews", "."], "not a regular file"),
         (["--series", "PIPE"], "not a regular file"),
-        (["--series", "a" * 252 + ".csv"], "aaa.csv: cannot be read"),
+        (["--series", "a" * 252 + ".csv"], "aaa.csv: no such file"),
         (["--corpus", "broken.gz"], "broken.gz: cannot be read"),
     ],
 )

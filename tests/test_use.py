@@ -1,6 +1,5 @@
 """Trained models in use: from Python, from the command line, from files that mean no good."""
 
-import io
 import os
 import pickle
 import re
@@ -135,7 +134,8 @@ def test_predict_labels_each_line_of_text_file_or_standard_input(
 ):
     path, lines = tmp_path / "lines.txt", "plot was moving\n\nplot was dull\n"
     path.write_text(lines)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    # what stands in for standard input
+    monkeypatch.setattr(os, "dup", lambda _: os.open(path, os.O_RDONLY))
     outputs = [predict(capsys, checkpoint("classifier"), source) for source in (lines, path, "-")]
     assert outputs[0] == outputs[1] == outputs[2] and len(outputs[0]) == 3
     assert (
@@ -189,11 +189,11 @@ def test_predict_reads_a_pipe_once(checkpoint, capsys, tmp_path):
     ("arguments", "message"),
     [
         (["none.pt", "text"], "none.pt: no such file; trained models are in the folder 'models'"),
-        (["CLASSIFIER", "none.txt"], "none.txt: no such file"),
-        (["FORECASTER", "my own series.csv"], "my own series.csv: no such file"),
+        (["CLASSIFIER", "none.txt"], "none.txt: cannot be read (No such file or directory)"),
+        (["FORECASTER", "my own series.csv"], "my own series.csv: cannot be read (No such file"),
         (["CLASSIFIER", "."], ".: cannot be read (Is a directory)"),
-        (["FORECASTER", "abc"], "no numeric column"),
-        (["FORECASTER", " "], "no numeric column"),
+        (["FORECASTER", "abc"], "no row below the header"),
+        (["FORECASTER", " "], "no row below the header"),
         (["CLASSIFIER", "BINARY"], "not a text file"),
         (["none\x1b[31m\n.pt", "text"], "none\\x1b[31m\\n.pt: no such file"),
         (["CLASSIFIER", f"{'x' * 999}.txt"], "..."),
