@@ -69,7 +69,6 @@ from matplotlib import rc_context
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 from pandas import DataFrame, Series
 from torch import nn, optim
@@ -3287,14 +3286,13 @@ def tune_rates(experiment, tasks, grid):
 # ======================================================================================
 # Tables are DataFrames. `examples`: `examples_table`; `scores`: `score_table`; `runs`: `run_table`.
 
-CSV_METRICS = ["loss", "accuracy", "mse", "mae"]
-SIZES = ["parameters", "recurrent_parameters"]
 RUN_COLUMNS = [
     "task",
     "model",
     "seed",
     "learning_rate",
-    *SIZES,
+    "parameters",
+    "recurrent_parameters",
     "epochs",
     "best_epoch",
     "seconds",
@@ -3307,7 +3305,8 @@ RUN_COLUMNS = [
 COST_COLUMNS = [
     "task",
     "model",
-    *SIZES,
+    "parameters",
+    "recurrent_parameters",
     "ms_per_step",
     "samples_per_second",
     "activation_bytes",
@@ -3353,8 +3352,7 @@ def run_table(records, scores, config):
     Losses are those that training minimised: of scaled values in the forecaster. `capped`: training
     was ended by the cap on epochs. `near_best`: epochs to within 1 % of the lowest validation loss.
     """
-    tested = scores.pivot_table("value", ["task", "name", "seed"], "metric")
-    tested = tested.reindex(columns=CSV_METRICS).add_prefix("test_")
+    tested = scores.pivot_table("value", ["task", "name", "seed"], "metric").add_prefix("test_")
     rows = []
     for record in records:
         of_task = config[record["task"]]
@@ -3416,28 +3414,28 @@ def confusion(answers, labels, normalize=False):
 
 def label_scores(examples, labels):
     """Precision, recall and F1 of each model by label, over the test splits of all seeds."""
-    parts = []
+    tables = {}
     for model, answers in examples.groupby("name", sort=False):
         counts = confusion(answers, labels)
         tested = counts.sum(axis=1).replace(0, math.nan)  # of a label never tested nothing is known
         right = np.diag(counts)
-        part = DataFrame(
+        table = DataFrame(
             {
                 "precision": right / counts.sum().clip(lower=1),
                 "recall": right / tested,
                 "F1": 2 * right / (counts.sum() + tested),
             }
         )
-        part.loc["mean of the labels"] = part.dropna().mean()
-        parts.append(part.map("{:.3f}".format).reset_index(names="label").assign(model=model))
-    return pd.concat(parts)
+        table.loc["mean of the labels"] = table.dropna().mean()
+        tables[model] = table
+    return pd.concat(tables, names=["model", "label"]).map("{:.3f}".format).reset_index()
 
 
 # --- differences ----------------------------------------------------------------------
 
 
 @lru_cache
-def student_angles(degrees):
+def student_t(degrees):
     """Angles from 0 to pi / 2, and the share of Student's t within +- sqrt(degrees) * tan(angle).
 
     In these angles the density is cos(angle) ** (degrees - 1); by the trapezoidal rule.
@@ -3446,18 +3444,6 @@ def student_angles(degrees):
     density = torch.tensor(np.cos(angles) ** (degrees - 1))
     mass = torch.cumulative_trapezoid(density).numpy()  # up to the second angle, and so on
     return angles, np.append(0, mass / mass[-1])
-
-
-def student_t(degrees):
-    """The two-sided critical value of Student's t, at a level of 95 %."""
-    angles, shares = student_angles(degrees)
-    return math.sqrt(degrees) * math.tan(np.interp(0.95, shares, angles))
-
-
-def student_p(t, degrees):
-    """The two-sided p value of Student's t."""
-    angles, shares = student_angles(degrees)
-    return 1 - np.interp(math.atan(abs(t) / math.sqrt(degrees)), angles, shares)
 
 
 def paired_difference(a, b):
@@ -3476,39 +3462,41 @@ def paired_difference(a, b):
         return mean, math.nan, math.nan, math.nan
     of_examples = math.sqrt((by_seed.var() / by_seed.size()).sum()) / n
     error = max(means.sem(), of_examples, 1e-12)
-    half = student_t(n - 1) * error
-    return mean, mean - half, mean + half, student_p(mean / error, n - 1)
+    angles, shares = student_t(n - 1)
+    scale = math.sqrt(n - 1)
+    half = scale * math.tan(np.interp(0.95, shares, angles)) * error
+    p = 1 - np.interp(math.atan(abs(mean / error) / scale), angles, shares)
+    return mean, mean - half, mean + half, p
 
 
 def holm(p):
-    """p values (a Series) adjusted for how many they are (Holm 1979); nan does not count."""
+    """p values (a Series), the lowest first, adjusted for how many they are (Holm 1979)."""
     ranked = p.dropna().sort_values()
-    return (ranked * np.arange(len(ranked), 0, -1)).cummax().reindex(p.index)
+    return (ranked * np.arange(len(ranked), 0, -1)).cummax()
 
 
 def verdict(row):
     """A row of `compare` in words; where neither is clearly better, the difference is a minus b."""
     metric = next(m for m in TASKS[row.task].metrics if m.name == row.metric)
-    mean, low, high = row.difference, row.low, row.high
+    found = np.array([row.low, row.difference, row.high])
     if metric.is_share:
-        scale = 100
-        unit = " points"
+        found = 100 * found
         places = 1
+        unit = "points"
     else:
-        scale = 1
-        unit = f" in {metric.label.partition(' (')[0]}"
-        places = decimals(mean, 2) if math.isnan(low) else decimals((high - low) / 2)
-    if mean == 0 or row.p >= 0.05:
-        words = f"{row.a} and {row.b}: no clear difference, {scale * mean:z.{places}f}{unit}"
-    else:
+        places = decimals(row.difference, (row.high - row.low) / 2)
+        unit = f"in {metric.label.partition(' (')[0]}"
+    words = f"{row.a} and {row.b}: no clear difference,"
+    if row.is_clear:
         better, worse = row.a, row.b
-        if (mean > 0) != metric.higher_is_better:
+        if (row.difference > 0) != metric.higher_is_better:
             better, worse = worse, better
-        words = f"{better} better than {worse} by {scale * abs(mean):.{places}f}{unit}"
-        low, high = sorted([abs(low), abs(high)])
-    if math.isnan(low):
-        return f"{words} on one seed"
-    return f"{words} [{scale * low:z.{places}f}, {scale * high:z.{places}f}]"
+        words = f"{better} better than {worse} by"
+        if row.difference < 0:
+            found = -found[::-1]
+    low, mean, high = [f"{value:z.{places}f}" for value in found]
+    ends = "on one seed" if math.isnan(row.low) else f"[{low}, {high}]"
+    return f"{words} {mean} {unit} {ends}"
 
 
 def in_units(examples, metric):
@@ -3533,24 +3521,22 @@ def compare(examples):
                 continue
             values = in_units(of_task, metric)
             values = values.pivot(index=["seed", "example"], columns="name", values="value")
-            means = values[baselines].groupby("seed").mean().mean()
-            ranked = means.sort_values(ascending=not metric.higher_is_better, kind="stable")
+            ranked = values[baselines].mean().sort_values(ascending=not metric.higher_is_better)
             for a, b in [*combinations(models, 2), *product(models, ranked.index[:1])]:
                 found = paired_difference(values[a], values[b])
                 rows.append((name, metric.name, a, b, *found, metric is metrics[0]))
     columns = ["task", "metric", "a", "b", "difference", "low", "high", "p", "is_primary"]
     table = DataFrame(rows, columns=columns)
     table = table.dropna(subset="difference")  # there is none without a common seed
-    table["p"] = holm(table["p"].where(table["is_primary"])).fillna(table["p"])
-    table["is_clear"] = (table["p"] < 0.05) & (table["difference"] != 0)
+    table.update(holm(table.query("is_primary")["p"]))
+    table["is_clear"] = table["p"] < 0.05
     table["verdict"] = [verdict(row) for row in table.itertuples()]
-    return table.drop(columns=["p", "is_primary"])
+    return table
 
 
 # --- for people -----------------------------------------------------------------------
 
-TITLE = "# RNN, LSTM and GRU: results"
-INTRODUCTION = """\
+NOTES = """\
 The same training for all cells, each at its own learning rate. Each seed draws its own data, or
 the splits of a user's reviews; a user's text or series is always cut at the same places. Test
 results are means ± standard deviations over the seeds. A ceiling is the best that is possible on
@@ -3564,16 +3550,20 @@ keeps for the backward pass. The kernel is the implementation of the recurrent l
 times compare kernels as much as cells."""
 
 
-def decimals(value, digits=0):
-    """The decimal places that so many digits of a value need.
+def decimals(value, spread=math.nan):
+    """The decimal places that a value's spread deserves; without a spread, three digits.
 
-    Without `digits`, those that a spread deserves: two if it begins with 1 to 3.54, else one
-    (Particle Data Group 2024, section 5.3).
+    A spread deserves two digits if it begins with 1 to 3.54, else one (Particle Data Group 2024,
+    section 5.3).
     """
-    if not value or not math.isfinite(value):
+    has_spread = spread > 1e-9 * abs(value)
+    shown = spread if has_spread else abs(value)
+    if not 0 < shown < math.inf:
         return 0
-    exponent = math.floor(math.log10(abs(value)))
-    digits = digits or (2 if abs(value) / 10**exponent < 3.55 else 1)
+    exponent = math.floor(math.log10(shown))
+    digits = 3
+    if has_spread:
+        digits = 2 if shown / 10**exponent < 3.55 else 1
     return max(0, digits - 1 - exponent)
 
 
@@ -3583,75 +3573,54 @@ def show(mean, std=math.nan, is_share=False):
         number = f"{100 * mean:z.1f} %"
         spread = f"{100 * std:.1f}"
     else:
-        places = decimals(std) if std > 1e-9 * abs(mean) else decimals(mean, digits=3)
+        places = decimals(mean, std)
         number = f"{mean:z.{places}f}"
         spread = f"{std:.{places}f}"
     return f"{number} ± {spread}" if float(spread) > 0 else number
 
 
-def by_distance(task, examples, value, column):
-    """The mean of a column by distance: a row per interval of the task's edges, a column per name.
+def by_distance(task, examples):
+    """Means by distance, of the task's first metric and of the effect of a change: two tables.
 
-    `column` holds the distance.
+    A row per interval of the task's edges, a column per name and kind of who answers.
     """
+    examples = in_units(examples, task.metrics[0])
     labels = []
     for low, high in pairwise(task.edges):
-        if high == math.inf:
-            labels.append(f"{low}+")
-        else:
-            labels.append(f"{low}" if high == low + 1 else f"{low}-{high - 1}")
-    intervals = pd.cut(examples[column], task.edges, right=False, labels=labels)
-    return examples.pivot_table(value, intervals, "name", observed=True, sort=False).sort_index()
+        several = f"{low}-{high - 1}".replace("-inf", "+")
+        labels.append(f"{low}" if high == low + 1 else several)
+    tables = []
+    for value, distance in (("value", "distance"), ("effect", task.effect_by)):
+        intervals = pd.cut(examples[distance], task.edges, right=False, labels=labels)
+        table = examples.pivot_table(value, intervals, ["name", "kind"], observed=True, sort=False)
+        tables.append(table.sort_index())
+    return tables
 
 
 def distance_text(task, examples):
     """Tables by distance: score, effect of a change, and the latter by who speaks or what comes."""
-    metric = task.metrics[0]
-    examples = in_units(examples, metric)
-    parts = []
-
-    def add(title, examples, value, column, is_share=False):
-        table = by_distance(task, examples, value, column).T
-        if len(table):  # else it is not known
-            cells = table.map(show, na_action="ignore", is_share=is_share).fillna("")
-            parts.append(f"{title}:\n\n{markdown(cells.rename(columns=str).reset_index())}")
-
-    add(f"By {task.distance}, {metric.label}", examples, "value", "distance", metric.is_share)
-    change = f"{task.change_place}, {' '.join(task.effect_label.split())}"
-    add(f"By {change}", examples, "effect", task.effect_by)
+    scores, effects = by_distance(task, examples)
+    tables = {
+        f"By {task.distance}, {task.metrics[0].label}": scores,
+        f"By {task.change_place}, {' '.join(task.effect_label.split())}": effects,
+    }
     for role, of_role in examples.groupby("role"):
-        add(f"The same, {role}", of_role, "effect", task.effect_by)
+        tables[f"The same, {role}"] = by_distance(task, of_role)[1]
+    parts = []
+    for title, table in tables.items():
+        if len(table):  # else it is not known
+            cells = table.T.map(show, na_action="ignore").fillna("").rename(columns=str)
+            parts.append(f"{title}:\n\n{markdown(cells.reset_index())}")
     return "\n\n".join(parts)
 
 
 def markdown(table):
     """A table in Markdown, its columns aligned."""
     columns = []
-    for name, cells in table.astype(str).items():
-        cells = [name, "", *cells.str.replace("|", "\\|").str.replace(r"\s+", " ", regex=True)]
-        width = max(map(len, cells))
-        cells[1] = "-" * width
-        columns.append([cell.ljust(width) for cell in cells])
+    for name, cells in table.astype(str).replace({r"\|": r"\\|", r"\s+": " "}, regex=True).items():
+        width = max(map(len, [name, *cells]))
+        columns.append([cell.ljust(width) for cell in (name, "-" * width, *cells)])
     return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns))
-
-
-def score_cells(scores, task):
-    """A task's test scores as a person reads them."""
-    summary = summarise(scores)
-    cells = summary.drop_duplicates("name")[["name", "kind"]]
-    for metric in task.metrics:
-        rows = summary.query("metric == @metric.name")[["mean", "std"]]
-        cells[metric.name] = [show(*row, metric.is_share) for row in rows.to_numpy()]
-    return cells
-
-
-def training_cells(runs):
-    """How the models of a task came to their scores."""
-    groups = runs.groupby("model", sort=False)
-    cells = groups[["best_epoch", "epochs", "seconds"]].mean().map("{:.1f}".format)
-    cells["clipped steps"] = groups["clipped"].mean().map("{:.0%}".format)
-    lists = groups[["learning_rate", "seed"]].agg(lambda v: ", ".join(v.astype(str).unique()))
-    return cells.join(lists).reset_index()
 
 
 def facts_text(facts):
@@ -3663,88 +3632,87 @@ def facts_text(facts):
     return ", ".join(shown)
 
 
-def findings(task, examples, runs, comparisons):
-    """What the results of one task say, in sentences: verdicts, and what may mislead."""
-    of_first_metric = comparisons["metric"] == task.metrics[0].name
-    shown = comparisons[of_first_metric | comparisons["b"].isin(runs["model"])]
-    sentences = list(shown["verdict"])
-    if shown["low"].isna().any():
+def answer(task, runs, scores, comparisons):
+    """What a user asked of their own data: which model is best, and whether it is worth it."""
+    metric = task.metrics[0]
+    ranked = summarise(scores.query("metric == @metric.name"))
+    ranked = ranked.sort_values("mean", ascending=not metric.higher_is_better)
+    shown = {}
+    for row in ranked.itertuples():
+        shown[row.name] = f"{row.name} ({show(row.mean, row.std, metric.is_share)})"
+    names = ranked.groupby("kind")["name"].agg(list)
+    best = names["model"][0]
+    baseline = names["baseline"][0]
+    found = comparisons.query("is_clear and metric == @metric.name")
+    clear = [set(pair) for pair in found[["a", "b"]].to_numpy()]
+    alike = [name for name in names["model"] if {name, best} not in clear]
+    said = f"the {shown[best]} is best"
+    if len(alike) > 1:
+        best = runs[runs["model"].isin(alike)].groupby("model")["seconds"].mean().idxmin()
+        models = ", ".join(shown[name] for name in alike)
+        said = f"{models} do not differ clearly, and the {best} takes least time"
+    relation = "not clearly better"
+    if {best, baseline} in clear:
+        order = list(shown)
+        relation = "better" if order.index(best) < order.index(baseline) else "worse"
+    advice = "" if relation == "better" else ": use the latter, or more data"
+    said = f"{said}; it is {relation} than {shown[baseline]}{advice}"
+    return f"On {runs['file'].iloc[0]}, by {metric.label}: {said}."
+
+
+def task_text(task, baselines, runs, examples, scores, comparisons):
+    """One task's results in Markdown; all arguments are of this task.
+
+    `baselines`: their records, which also say what is known of the data.
+    """
+    question = task.question
+    if runs["file"].notna().any():
+        question = answer(task, runs, scores, comparisons) if baselines else ""
+
+    # scores, and how the models came to them
+    summary = summarise(scores)
+    cells = summary.drop_duplicates("name")[["name", "kind"]]
+    for metric in task.metrics:
+        rows = summary.query("metric == @metric.name")[["mean", "std"]]
+        cells[metric.name] = [show(*row, metric.is_share) for row in rows.to_numpy()]
+    models = runs.groupby("model", sort=False)
+    training = models[["best_epoch", "epochs", "seconds"]].mean().map("{:.1f}".format)
+    training["clipped steps"] = models["clipped"].mean().map("{:.0%}".format)
+    for name in ("learning_rate", "seed"):
+        training[name] = models[name].agg(lambda values: ", ".join(map(str, values.unique())))
+
+    # verdicts, and what may mislead
+    sentences = list(comparisons["verdict"])
+    if comparisons["low"].isna().any():
         sentences.append("One seed supports no ranking")
     accuracy = examples.groupby("name")["score"].mean()
-    for model, of_model in runs.groupby("model", sort=False):
+    for model, rates in models["learning_rate"]:
         if accuracy[model] <= accuracy.get(MAJORITY, -math.inf) + 0.01:
             sentences.append(f"{model} knows little more than how frequent the labels are")
-        if of_model["learning_rate"].nunique() > 1:
+        if rates.nunique() > 1:
             sentences.append(f"The means of {model} mix runs at different learning rates")
-    if runs["environment"].str["device"].nunique() > 1:
-        sentences.append("The runs were made on different devices: see Environment")
     if runs["capped"].any():
         sentences.append(
             f"{runs['capped'].sum()} of {len(runs)} runs ended at the cap on epochs, perhaps too "
             "soon: see --epochs"
         )
-    return sentences
-
-
-def answer(task, scores, runs, comparisons, file):
-    """What a user asked of their own data: which model is best, and whether it is worth it."""
-    metric = task.metrics[0]
-    summary = summarise(scores[scores["metric"] == metric.name])
-    summary = summary.sort_values("mean", ascending=not metric.higher_is_better)
-    shown = {}
-    for row in summary.itertuples():
-        shown[row.name] = f"{row.name} ({show(row.mean, row.std, metric.is_share)})"
-    kinds = summary.groupby("kind")["name"].agg(list)
-    best = kinds["model"][0]
-    baseline = kinds["baseline"][0]
-    if runs["seed"].nunique() == 1:
-        return (
-            f"On {file}, by {metric.label}: {shown[best]}, and of the baselines {shown[baseline]}; "
-            "one seed supports no ranking."
-        )
-    clear = set()
-    for row in comparisons[comparisons["is_clear"]].query("metric == @metric.name").itertuples():
-        clear.update([(row.a, row.b), (row.b, row.a)])
-    alike = [name for name in kinds["model"] if (name, best) not in clear]
-    if len(alike) == 1:
-        said = f"the {shown[best]} is best"
-    else:
-        best = runs[runs["model"].isin(alike)].groupby("model")["seconds"].mean().idxmin()
-        models = ", ".join(shown[name] for name in alike)
-        said = f"{models} do not differ clearly, and the {best} takes least time"
-    names = summary["name"].tolist()
-    relation = "not clearly better"
-    if (best, baseline) in clear:
-        relation = "better" if names.index(best) < names.index(baseline) else "worse"
-    said += f"; it is {relation} than {shown[baseline]}"
-    if relation != "better":
-        said += ": use the latter, or more data"
-    return f"On {file}, by {metric.label}: {said}."
-
-
-def task_text(task, baselines, examples, runs, scores, comparisons, config):
-    """One task's results in Markdown: data, tables, findings; all arguments are of this task.
-
-    `baselines`: their records, which also say what is known of the data.
-    """
-    sentences = findings(task, examples, runs, comparisons)
     for record in baselines:
         sentences.extend(f"Note: {doubt}" for doubt in record["doubts"])
+
     parts = [
         f"## {runs['title'].iloc[0]}",
-        "" if config["file"] else task.question,
-        markdown(score_cells(scores, task)),
-        markdown(training_cells(runs)),
+        question,
+        markdown(cells),
+        markdown(training.reset_index()),
         "\n".join(f"- {sentence}." for sentence in dict.fromkeys(sentences)),
         distance_text(task, examples),
     ]
-    if baselines:
-        first = baselines[0]
-        if first["labels"]:
-            table = label_scores(examples.query("kind == 'model'"), first["labels"])
-            parts.append(f"{markdown(table)}\n\nThe mean recall is the balanced accuracy.")
-        digest = config.get("digest", "generated")[:12]
-        parts.append(f"The data of seed {first['seed']} ({digest}): {facts_text(first['facts'])}.")
+    labels = runs["labels"].iloc[0]
+    if labels:
+        table = label_scores(examples.query("kind == 'model'"), labels)
+        parts.append(f"{markdown(table)}\n\nThe mean recall is the balanced accuracy.")
+    for record in baselines[:1]:
+        parts.append(f"The data of seed {record['seed']}: {facts_text(record['facts'])}.")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -3752,14 +3720,12 @@ def task_text(task, baselines, examples, runs, scores, comparisons, config):
 
 
 def mean_curves(runs, name):
-    """The mean over seeds of a list in the evidence, as far as all reach.
+    """The mean over seeds of a list in the evidence, its elements counted from 1.
 
-    A column per model, a row per element, counted from 1.
+    A column per model, a row per element.
     """
-    curves = {}
-    for model, lists in runs.groupby("model", sort=False)[name]:
-        curves[model] = DataFrame(zip(*lists)).mean(axis=1)
-    return DataFrame(curves).rename(lambda i: i + 1)
+    lists = runs.set_index("model")[name].apply(Series)  # they may differ in length
+    return lists.groupby("model", sort=False).mean().T.rename(lambda i: i + 1)
 
 
 def common_claims(runs):
@@ -3779,27 +3745,27 @@ def common_claims(runs):
     def add(said, measured, holds):
         rows.append({"said": said, "measured": measured, "holds": "yes" if holds else "no"})
 
-    def add_order(said, column, *order):
-        table = runs.pivot_table(column, "task", "model")
-        holds = all((table[a] < table[b]).all() for a, b in pairwise(order))
-        measured = []
-        for task, values in table.iterrows():
-            ranked = [f"{name} {value:.3g}" for name, value in values.sort_values().items()]
-            measured.append(f"{task} {', '.join(ranked)}")
-        add(said, "; ".join(measured), holds)
-
     sizes = groups["recurrent_parameters"].first()["classifier"][cells]
     add(
         "recurrent parameters: about 15K (RNN), 45K (GRU), 60K (LSTM)",
         ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
         np.allclose(sizes, [15_000, 60_000, 45_000], rtol=0.03),
     )
-    add_order("memory: RNN < GRU < LSTM (MiB a batch)", "activation_mib", "RNN", "GRU", "LSTM")
-    add_order("time a step: RNN < GRU < LSTM (ms)", "ms_per_step", "RNN", "GRU", "LSTM")
-    said = "convergence: LSTM before GRU before RNN"
-    order = ("LSTM", "GRU", "RNN")
-    add_order(f"{said} (epochs to within 1 % of the lowest loss)", "near_best", *order)
-    add_order(f"{said} (seconds to the same)", "seconds_to_near_best", *order)
+    convergence = "convergence: LSTM before GRU before RNN"
+    by_size = ["RNN", "GRU", "LSTM"]
+    for said, column, order in (
+        ("memory: RNN < GRU < LSTM (MiB a batch)", "activation_mib", by_size),
+        ("time a step: RNN < GRU < LSTM (ms)", "ms_per_step", by_size),
+        (f"{convergence} (epochs to within 1 % of the lowest loss)", "near_best", by_size[::-1]),
+        (f"{convergence} (seconds to the same)", "seconds_to_near_best", by_size[::-1]),
+    ):
+        table = runs.pivot_table(column, "task", "model")[order]
+        measured = []
+        for task, values in table.iterrows():
+            ranked = [f"{name} {value:.3g}" for name, value in values.sort_values().items()]
+            measured.append(f"{task} {', '.join(ranked)}")
+        rises = table.diff(axis="columns")[order[1:]] > 0
+        add(said, "; ".join(measured), rises.all(axis=None))
     accuracy = 100 * groups["test_accuracy"].mean()
     for task, cell, low, high in (
         ("classifier", "LSTM", 75, 85),
@@ -3812,7 +3778,7 @@ def common_claims(runs):
     shares = []
     for name in ("initial_gradient", "gradient"):
         curve = mean_curves(runs.query("task == 'classifier'"), name)["RNN"]
-        shares.append(curve.iloc[min(100, len(curve) - 1)] / curve.iloc[0])
+        shares.append(curve.iloc[:101].iloc[-1] / curve.iloc[0])
     add(
         "the RNN's gradient vanishes over 100 words (share of the gradient at the last word)",
         f"before training {shares[0]:.2g}, after it {shares[1]:.2g}",
@@ -3836,7 +3802,6 @@ STYLE = {
     "text.parse_math": False,  # names of labels and files may hold dollars
     "grid.color": "#E4E4E4",
     "axes.grid": True,
-    "axes.axisbelow": True,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.titlesize": 10,
@@ -3857,16 +3822,12 @@ def new_figure(width, height, rows, columns=1, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def line(label, **look):
-    """An entry of a legend, in the colour of the model of that name, or grey."""
-    return Line2D([], [], color=colour(label), label=label, **look)
-
-
-def finish(figure, title, handles=()):
-    """The figure with its title and, below it, a legend."""
+def finish(figure, title, models=()):
+    """The figure with its title and, below it, the colours of the models."""
     figure.suptitle(title)
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=7)
+    if len(models):
+        lines = [Line2D([], [], color=colour(name), label=name) for name in models]
+        figure.legend(handles=lines, loc="outside lower center", ncols=7)
     return figure
 
 
@@ -3918,25 +3879,20 @@ def training_history_figure(runs, history, task):
         for axes, model in zip(row, models):
             shade = colour(model)
             own = curves.query("model == @model")
-            for split, of_split in own.groupby("split"):
-                by_seed = of_split.pivot_table("value", "epoch", "seed")
-                style = ".:" if split == "train" else ".-"
-                axes.plot(by_seed, style, color=shade, markersize=2)
+            by_seed = own.pivot_table("value", "epoch", ["split", "seed"])
+            axes.plot(by_seed["train"], ".:", color=shade, markersize=2)
+            axes.plot(by_seed["validation"], ".-", color=shade, markersize=2)
             kept = own.query("split == 'validation' and epoch == best_epoch")
             axes.plot(kept["epoch"], kept["value"], "o", color=shade)
             axes.set_title(model, color=shade)
             axes.set(xlabel="epoch", ylabel=metric.label)
             axes.label_outer()
             axes.locator_params("x", integer=True, min_n_ticks=1)
-    handles = [
-        line("training (running mean over the epoch)", linestyle=":"),
-        line("validation"),
-        line("epoch whose weights were kept", linestyle="", marker="o"),
-    ]
-    return finish(figure, f"{runs['title'].iloc[0]}: training, a line per seed", handles)
+    marks = "dotted: training, running mean over the epoch; solid: validation; dot: weights kept"
+    return finish(figure, f"{runs['title'].iloc[0]}: a line per seed\n({marks})")
 
 
-def forecasts_figure(runs, examples):
+def forecasts_figure(runs, _examples):
     """Forecasts and truth, one step ahead and free-running, and the latter's error by horizon."""
     models = runs.drop_duplicates("model")
     figure, grid = new_figure(11, 2.1 * len(models) + 3, len(models) + 1, 2)
@@ -3958,9 +3914,6 @@ def forecasts_figure(runs, examples):
     draw_lines(errors, mean_curves(runs.assign(model="persistence"), "persistence_mse"))
     variance = runs["variance"].mean()
     errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
-    ceilings = in_units(examples.query("kind == 'ceiling'"), MSE).groupby("name")["value"]
-    for name, value in ceilings.mean().items():
-        errors.axhline(value, color="black", linestyle=":", label=f"{name}, one step ahead")
     errors.set(
         title="Free-running error, mean over seeds",
         xlabel="steps ahead",
@@ -3989,11 +3942,8 @@ def parameters_figure(models):
             xmargin=0.35,
         )
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    handles = [
-        Patch(facecolor=GREY, edgecolor="white", hatch=hatch, label=part)
-        for part, hatch in PARTS.items()
-    ]
-    return finish(figure, "Parameters by part of the model", handles)
+    title = "Parameters of the embedding (plain), the recurrent layer (striped), the head (dotted)"
+    return finish(figure, title)
 
 
 def architectures_figure(models):
@@ -4026,40 +3976,37 @@ def architectures_figure(models):
 
 def performance_figure(scores, runs):
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
+    markers = {"model": "o", "baseline": "D", "ceiling": "|"}
     tasks = runs.groupby("task", sort=False)
     height = 2.5 * len(tasks) + 0.6
     figure, grid = new_figure(14, height, len(tasks), 4, width_ratios=[2.2, 1, 1, 1])
-    for row, (task, of_task) in zip(grid, tasks):
-        score_panel(row[0], scores.query("task == @task"), TASKS[task].metrics[0])
-        row[0].set_title(of_task["title"].iloc[0])
+    for (test, training, step, memory), (task, of_task) in zip(grid, tasks):
+        metric = TASKS[task].metrics[0]
+        summary = summarise(scores.query("task == @task and metric == @metric.name"))
+        for row in summary.itertuples():
+            test.errorbar(
+                row.mean,
+                row.name,
+                xerr=row.std,
+                fmt=markers[row.kind],
+                color=colour(row.name),
+                capsize=3,
+            )
+        test.invert_yaxis()
+        test.set(title=of_task["title"].iloc[0], xlabel=f"test {metric.label}")
+        if not metric.higher_is_better:  # errors differ by factors
+            test.set_xscale("log")
+            plain_ticks(test.xaxis)
+
         costs = of_task.drop_duplicates("model").set_index("model")
         steps = [f"{run.ms_per_step:.3g} {run.kernel}" for run in costs.itertuples()]
         activations = "activations of the\nlongest batch (MiB)"
         seconds = of_task.groupby("model", sort=False)[["seconds"]].mean()
-        bar_panel(row[1], seconds, xlabel="training (s per run)")
-        bar_panel(row[2], costs[["ms_per_step"]], steps, xlabel="step (ms), kernel")
-        bar_panel(row[3], costs[["activation_mib"]], xlabel=activations)
+        bar_panel(training, seconds, xlabel="training (s per run)")
+        bar_panel(step, costs[["ms_per_step"]], steps, xlabel="step (ms), kernel")
+        bar_panel(memory, costs[["activation_mib"]], xlabel=activations)
     title = "Test: mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), costs"
     return finish(figure, title)
-
-
-def score_panel(axes, scores, metric):
-    """The test metric of each model, baseline and ceiling, with its deviation."""
-    markers = {"model": "o", "baseline": "D", "ceiling": "|"}
-    for row in summarise(scores.query("metric == @metric.name")).itertuples():
-        axes.errorbar(
-            row.mean,
-            row.name,
-            xerr=row.std,
-            fmt=markers[row.kind],
-            color=colour(row.name),
-            capsize=3,
-        )
-    axes.invert_yaxis()
-    axes.set_xlabel(f"test {metric.label}")
-    if not metric.higher_is_better:  # errors differ by factors
-        axes.set(xscale="log", xlabel=f"test {metric.label}, log scale")
-        plain_ticks(axes.xaxis)
 
 
 def learning_rates_figure(table):
@@ -4080,12 +4027,8 @@ def learning_rates_figure(table):
         )
         axes.set_xticks(losses.index, losses.index)
         axes.minorticks_off()
-    handles = [
-        *map(line, table["model"].unique()),
-        line("one seed", linestyle="", marker="."),
-        line("chosen", linestyle="", marker="o", markersize=11, fillstyle="none"),
-    ]
-    return finish(figure, "Learning rates by validation loss: each seed, and their mean", handles)
+    title = "Learning rates by validation loss: each seed (dots), their mean, the chosen (circles)"
+    return finish(figure, title, table["model"].unique())
 
 
 def errors_figure(runs, examples):
@@ -4101,7 +4044,7 @@ def errors_figure(runs, examples):
         for (truth, answer), share in np.ndenumerate(shares):
             axes.text(answer, truth, f"{share:.0%}", ha="center", va="center")
         axes.set_title(name, color=colour(name))
-        axes.set_xticks(range(n), labels, rotation=30 if n > 2 else 0)
+        axes.set_xticks(range(n), labels, rotation=30)
         axes.set_yticks(range(n), labels)
         axes.set(xlabel="predicted label", ylabel="true label")
         axes.label_outer()
@@ -4110,34 +4053,21 @@ def errors_figure(runs, examples):
     return finish(figure, title)
 
 
-def distance_panel(axes, task, examples, value, column):
-    """The mean of a column by distance, a line per model, baseline and ceiling."""
-    kinds = examples.groupby("name")["kind"].first()
+def distance_panel(axes, table):
+    """One of the tables by distance, a line per model, baseline and ceiling."""
+    if table.empty:
+        axes.axis("off")
+        axes.text(0, 0.5, "not known of these data")
     styles = cycle(["s:", "^:", "D:", "v:", "x:"])
-    for name, values in by_distance(task, examples, value, column).items():
-        if kinds[name] == "model":
+    for (name, kind), values in table.items():
+        if kind == "model":
             axes.plot(values, "o-", color=colour(name))
-        elif kinds[name] == "baseline":
+        elif kind == "baseline":
             axes.plot(values, next(styles), color=GREY, label=name, markersize=4)
         else:
             axes.plot(values, color="black", label=name)
     if axes.get_legend_handles_labels()[0]:  # below, where it hides no line
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
-
-
-def gradient_panel(axes, runs):
-    """The norm of the gradient by epoch, before clipping: median of the seeds still training."""
-    for model, histories in runs.groupby("model", sort=False)["history"]:
-        epochs = DataFrame(list(histories.explode())).groupby("epoch")
-        axes.plot(epochs["gradient_norm"].median(), color=colour(model))
-    clip_norm = runs["clip_norm"].iloc[0]
-    axes.axhline(clip_norm, color=GREY, linestyle=":", label="clipped above")
-    axes.set(xlabel="epoch", ylabel="norm of the gradient (median)", yscale="log")
-    # a cell that explodes in its first steps would flatten all others
-    axes.set_ylim(top=min(axes.get_ylim()[1], 50 * clip_norm))
-    plain_ticks(axes.yaxis)
-    axes.locator_params("x", integer=True, min_n_ticks=1)
-    axes.legend(fontsize=7)
 
 
 def long_range_figure(runs, examples):
@@ -4147,22 +4077,30 @@ def long_range_figure(runs, examples):
     for (name, of_task), (top, middle, bottom) in zip(tasks, grid.T):
         task = TASKS[name]
         metric = task.metrics[0]
-        own = in_units(examples.query("task == @name"), metric)
-        top.set_title(of_task["title"].iloc[0])
-        if own["distance"].notna().any():
-            distance_panel(top, task, own, "value", "distance")
-            top.set(xlabel=task.distance, ylabel=metric.label)
-            if metric.is_share:
-                top.yaxis.set_major_formatter("{x:.0%}")
-            else:
-                top.set_yscale("log")  # errors differ by factors
-                plain_ticks(top.yaxis)
-        if own["effect"].notna().any():
-            distance_panel(middle, task, own, "effect", task.effect_by)
-            middle.set(xlabel=task.change_place, ylabel=task.effect_label)
-        gradient_panel(bottom, of_task)
-    handles = list(map(line, runs["model"].unique()))
-    return finish(figure, "By distance: score, effect of a change; gradient in training", handles)
+        scores, effects = by_distance(task, examples.query("task == @name"))
+        top.set(title=of_task["title"].iloc[0], xlabel=task.distance, ylabel=metric.label)
+        distance_panel(top, scores)
+        if not metric.higher_is_better:  # errors differ by factors
+            top.set_yscale("log")
+            plain_ticks(top.yaxis)
+        middle.set(xlabel=task.change_place, ylabel=task.effect_label)
+        distance_panel(middle, effects)
+
+        # the gradient before clipping: the median of the seeds still training
+        for model, histories in of_task.groupby("model", sort=False)["history"]:
+            epochs = DataFrame(list(histories.explode())).groupby("epoch")
+            bottom.plot(epochs["gradient_norm"].median(), color=colour(model))
+        clip_norm = of_task["clip_norm"].iloc[0]
+        bottom.axhline(clip_norm, color=GREY, linestyle=":")
+        bottom.set(xlabel="epoch", ylabel="norm of the gradient (median)", yscale="log")
+        # a cell that explodes in its first steps would flatten all others
+        bottom.set_ylim(top=50 * clip_norm)
+        plain_ticks(bottom.yaxis)
+        bottom.locator_params("x", integer=True, min_n_ticks=1)
+    title = (
+        "By distance: score, effect of a change; gradient in training, clipped at the dotted line"
+    )
+    return finish(figure, title, runs["model"].unique())
 
 
 TASK_FIGURES = {  # task: name of a figure: (runs, examples of the task) -> the figure
@@ -4227,16 +4165,13 @@ def make_report(folder, failed=0):
     scores = score_table(examples)
     runs = run_table(trained, scores, config)
     history = history_table(runs)
-    reported = [(name, metric.name) for name, task in TASKS.items() for metric in task.metrics]
-    # the forecaster's loss is not, for it is the MSE in other units
-    scores = scores.merge(DataFrame(reported, columns=["task", "metric"]))
     comparisons = compare(examples)
     models = runs.drop_duplicates(["task", "model"])
     costs = models[COST_COLUMNS]
-    write_table(folder, "runs", runs[RUN_COLUMNS])
+    write_table(folder, "runs", runs.reindex(columns=RUN_COLUMNS))
     write_table(folder, "history", history)
-    write_table(folder, "summary", summarise(scores.query("metric in @CSV_METRICS")))
-    write_table(folder, "comparisons", comparisons.drop(columns="is_clear"))
+    write_table(folder, "summary", summarise(scores.query("metric != 'perplexity'")))
+    write_table(folder, "comparisons", comparisons.drop(columns=["p", "is_primary", "is_clear"]))
     write_table(folder, "costs", costs)
     (folder / "predictions").mkdir(exist_ok=True)
     for (task, seed), answers in examples.groupby(["task", "seed"]):
@@ -4245,40 +4180,32 @@ def make_report(folder, failed=0):
         write_whole(folder / "predictions" / f"{task}_seed{seed}.csv", "\ufeff" + table)
 
     # texts and figures
-    answers = []
-    texts = [INTRODUCTION]
+    texts = ["# RNN, LSTM and GRU: results"]
     figures = {
         "long_range": partial(long_range_figure, runs, examples),
         "parameter_counts": partial(parameters_figure, models),
         "architectures": partial(architectures_figure, models),
         "performance_summary": partial(performance_figure, scores, runs),
     }
-    for name in models["task"].unique():
+    for name in models.sort_values("file", kind="stable")["task"].unique():  # a user's data first
         task = TASKS[name]
         baselines = [each for each in records if each["task"] == name and "facts" in each]
-        tables = [table[table["task"] == name] for table in (examples, runs, scores, comparisons)]
-        own_examples, own_runs, own_scores, own_comparisons = tables
-        texts.append(task_text(task, baselines, *tables, config[name]))
-        file = config[name]["file"]
-        if file and baselines:
-            answers.append(answer(task, own_scores, own_runs, own_comparisons, file))
-        draw = partial(training_history_figure, own_runs, history, task)
+        tables = [table[table["task"] == name] for table in (runs, examples, scores, comparisons)]
+        texts.append(task_text(task, baselines, *tables))
+        draw = partial(training_history_figure, tables[0], history, task)
         figures[f"{name}_training_history"] = draw
         for figure, make in TASK_FIGURES[name].items():
-            figures[figure] = partial(make, own_runs, own_examples)
-    parts = models["parts"].apply(Series).fillna(0).astype(int)
-    sizes = models[["task", "model"]].join(parts).join(models["parameters"])
+            figures[figure] = partial(make, *tables[:2])
     environments = DataFrame(record["environment"] for record in records).map(str)
     lines = [f"- {name}: {', '.join(values.unique())}" for name, values in environments.items()]
     claims = common_claims(runs)
     if len(claims):
         texts.append(f"## What is commonly said, and what was measured\n\n{markdown(claims)}")
     texts += [
-        f"## Parameters\n\n{markdown(sizes)}",
-        f"## Cost of a training step\n\n{markdown(costs.drop(columns=SIZES))}\n\n{COSTS_NOTE}",
+        f"## Parameters, and cost of a training step\n\n{markdown(costs)}\n\n{COSTS_NOTE}",
+        f"## How the results were made\n\n{NOTES}",
         "## Environment\n\n" + "\n".join(lines),
     ]
-    texts = [TITLE, *answers, *texts]
     write_whole(folder / "pytorch_rnn_summary.md", printable("\n\n".join(texts) + "\n"))
     drawn, broken = draw_figures(folder, figures)
     say("\n\n".join([*texts, f"Tables, figures, records and models are in {folder.resolve()}"]))

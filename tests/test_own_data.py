@@ -416,7 +416,8 @@ def test_run_takes_data_from_python(tmp_path, no_figures):
     table = pd.DataFrame({"day": pd.date_range("2022-01-01", periods=300), "price": WAVE})
     results = rnn.run(tasks=["forecaster"], series=table["price"], **options)
     assert results.failed == 0 and set(results.scores["kind"]) == {"model", "baseline"}
-    assert "On series, by MSE" in (tmp_path / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    text = (tmp_path / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    assert "## Time-series forecasting: series\n\nOn series, by MSE" in text
 
 
 @pytest.mark.parametrize(
@@ -583,7 +584,6 @@ def test_a_run_on_own_data_says_what_they_are_and_claims_no_ceiling(own_run):
         "## Text classification: my.reviews",
         "## Next-word prediction: my.corpus",
         "## Time-series forecasting: my.series",
-        hashlib.sha256(corpus_txt().encode()).hexdigest()[:12],
         "reviews 60, ",
         "share pos 0.500",
         "unknown words in the test split",
@@ -592,6 +592,9 @@ def test_a_run_on_own_data_says_what_they_are_and_claims_no_ceiling(own_run):
     for task in rnn.TASKS.values():
         assert task.question not in text
     assert "Accuracy, " not in text
+    config = rnn.read_config(own_run)
+    digest = hashlib.sha256(corpus_txt().encode()).hexdigest()
+    assert config["predictor"]["digest"] == digest, "which data they are"
     scores = table(own_run, "summary")
     assert set(scores["kind"]) == {"model", "baseline"} and set(scores["task"]) == set(rnn.TASKS)
     assert {path.name for path in own_run.glob("*.png")} == PNGS

@@ -421,7 +421,7 @@ def test_runs_of_different_devices_in_one_folder_are_said(quick_run, tmp_path, n
     del record["digest"]
     path.write_text(rnn.with_digest(record))
     assert rnn.main(["--report", "--output-dir", str(tmp_path)]) == 0
-    assert "different devices" in summary(tmp_path)
+    assert "device: cpu, some GPU" in summary(tmp_path)
 
 
 # --- the README and the committed results ---------------------------------------------

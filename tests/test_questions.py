@@ -233,22 +233,29 @@ def test_the_answer_names_the_best_model_and_whether_it_is_worth_it(accuracies, 
         for seed, value in enumerate((mean - 0.01, mean + 0.01))
     ]
     scores = pd.DataFrame(rows, columns=["task", "name", "kind", "seed", "metric", "value"])
-    runs = pd.DataFrame({"model": ["RNN", "GRU"] * 2, "seed": [0, 0, 1, 1], "seconds": [1, 2] * 2})
     pairs = [("RNN", "GRU"), ("RNN", "words"), ("GRU", "words")]
     comparisons = pd.DataFrame(pairs, columns=["a", "b"]).assign(metric="accuracy")
     comparisons["is_clear"] = [pair in clear for pair in pairs]
-    found = rnn.answer(rnn.CLASSIFIER, scores, runs, comparisons, "my.csv")
+    runs = pd.DataFrame({"file": "my.csv", "model": ["RNN", "GRU"], "seconds": [1, 2]})
+    found = rnn.answer(rnn.CLASSIFIER, runs, scores, comparisons)
     assert found == f"On my.csv, by accuracy: {said}"
-    one_seed = rnn.answer(rnn.CLASSIFIER, scores, runs.query("seed == 0"), comparisons, "my.csv")
-    assert "one seed supports no ranking" in one_seed
 
 
 def test_summary_and_terminal_begin_with_the_answer(run_on):
     (printed, _), out = run_on("series", monthly_csv())
+    head = "# RNN, LSTM and GRU: results\n\n## Time-series forecasting: my.csv\n\nOn my.csv, by MSE"
     for text in (printed, (out / "pytorch_rnn_summary.md").read_text(encoding="utf-8")):
-        assert text.startswith("# RNN, LSTM and GRU: results\n\nOn my.csv, by MSE")
+        assert text.startswith(head) and "One seed supports no ranking" in text
     (out / "runs" / "forecaster_baselines_seed42.json").unlink()
     assert rnn.main(["--report", "--output-dir", str(out)]) == 0, "there is no answer without them"
+
+
+def test_the_answer_comes_before_the_results_on_generated_data(tmp_path, no_figures):
+    (tmp_path / "my.csv").write_text(monthly_csv())
+    arguments = ["--tasks", "classifier", "forecaster", "--series", str(tmp_path / "my.csv")]
+    assert rnn.main([*ONE, str(tmp_path / "out"), *arguments]) == 0
+    headings = re.findall(r"## (T.*)", (tmp_path / "out" / "pytorch_rnn_summary.md").read_text())
+    assert headings == ["Time-series forecasting: my.csv", "Text classification"]
 
 
 # --- labels ---------------------------------------------------------------------------
