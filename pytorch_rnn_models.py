@@ -416,7 +416,8 @@ def tokenize(text, pattern):
     """Lower-case words, those that `pattern` finds; interned, so that each is held once."""
     text = html.unescape(unicodedata.normalize("NFC", text)).lower().replace("’", "'")
     text = re.sub(MARKUP, " ", text)
-    text = re.sub(ALONE, r" \g<0> ", text)
+    if not text.isascii():  # saves time
+        text = re.sub(ALONE, r" \g<0> ", text)
     return [sys.intern(word) for word in pattern.findall(text)]
 
 
@@ -472,8 +473,8 @@ class Reviews:
     texts: Sequence[str]
     labels: np.ndarray  # (N,): 0 to K - 1
     names: Sequence[str] = ("negative", "positive")  # of the K labels
-    # a row per text: `favourable`, whether the opinion that counts is; `reversed`, the text with
-    # that opinion turned round; `distance`, the words after it; `role`, who speaks after it
+    # a row per text: `favourable`, whether the opinion that counts is; `other_word`, which in place
+    # of its last word turns it round; `distance`, the words after it; `role`, who speaks after it
     known: DataFrame | None = None
 
 
@@ -519,8 +520,9 @@ def generate_reviews(config, rng):
     favourable[last] = (rng.random(n_reviews) < config.reliability) == (labels == 1)
     speakers = np.where(is_own, "I", draw(OTHERS))
     opinions = speakers + " " + draw(JUDGED) + " " + draw(ASPECTS) + " "
-    praise = opinions + draw(POSITIVE)
-    blame = opinions + draw(NEGATIVE)
+    praise = draw(POSITIVE)
+    blame = draw(NEGATIVE)
+    opinions = opinions + np.where(favourable, praise, blame)
 
     # an aside for each phrase
     is_named = rng.random(n) < config.name_rate
@@ -540,25 +542,22 @@ def generate_reviews(config, rng):
     marks = np.where(rng.random(n) < 0.4, ". ", ", ")
     marks[ends - 1] = ".\n"
 
-    def compose(favourable):
-        phrases = np.where(is_opinion, np.where(favourable, praise, blame), asides)
-        text = "".join(phrases + marks)
-        return re.sub(r"(?m)(^|\. )\w", lambda start: start[0].upper(), text).splitlines()
+    text = "".join(np.where(is_opinion, opinions, asides) + marks)
+    text = re.sub(r"(?m)(^|\. )\w", lambda start: start[0].upper(), text)
 
-    turned = favourable.copy()
-    turned[last] = ~favourable[last]
+    # what is known: the last word of the opinion that counts decides
     words = np.where(is_opinion, 4, 3).cumsum()
     opinions_before = is_opinion.cumsum()
     others_follow = opinions_before[ends - 1] > opinions_before[last]
     known = DataFrame(
         {
             "favourable": favourable[last],
-            "reversed": compose(turned),
+            "other_word": np.where(favourable, blame, praise)[last],
             "distance": words[ends - 1] - words[last],
             "role": np.where(others_follow, OTHERS_FOLLOW, ASIDES_FOLLOW),
         }
     )
-    return Reviews(compose(favourable), labels, known=known)
+    return Reviews(text.splitlines(), labels, known=known)
 
 
 # --- corpus ---------------------------------------------------------------------------
@@ -1967,7 +1966,10 @@ def build_reviews(config, seed, device=CPU):
         logits = np.outer(np.where(known["favourable"], odds, -odds), [0, 1])  # (N, 2)
         effect = 2 * config.reliability - 1
         ceilings["Bayes decision"] = label_answers(logits, truth).assign(effect=effect)
-        turned = [encode(tokenize(text, WORDS), vocabulary) for text in known["reversed"]]
+        turned = [list(review) for review in ids[parts[2]]]
+        other_words = encode(known["other_word"], vocabulary)
+        for review, distance, word in zip(turned, known["distance"], other_words):
+            review[-1 - distance] = word
         called_for = 1 - known["favourable"].to_numpy()
         change = Change(
             range(len(tested)),
@@ -2413,7 +2415,8 @@ def settings_restored():
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(is_deterministic)
+        if torch.are_deterministic_algorithms_enabled():  # the call imports the compiler
+            torch.use_deterministic_algorithms(is_deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = fills_memory
         torch.backends.cudnn.rnn.fp32_precision = precision
 
