@@ -58,7 +58,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import combinations, cycle, pairwise, product
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1892,7 +1892,7 @@ class TaskData:
 
     train: SequenceDataset
     validation: SequenceDataset
-    test: SequenceDataset | None  # not there in a tuning run
+    test: SequenceDataset | None  # not there while a model is trained
     sizes: Mapping  # constructor keywords of the models that the data decide
     preprocessing: Mapping  # turns words or values into inputs, and back
     facts: Mapping  # for the reader
@@ -2389,9 +2389,14 @@ class Diverged(RuntimeError):
     """A loss was not finite: the learning rate is too high."""
 
 
-def epochs_since_best(losses):
-    """How many epochs have passed since the one of the lowest loss, of equals the first."""
-    return len(losses) - 1 - losses.index(min(losses))
+def best_of(history):
+    """Number of epochs, the one of the lowest validation loss, of equals the first, and that loss;
+    before the first epoch 0, 0, inf.
+    """
+    losses = [math.inf]
+    losses.extend(row["validation"]["loss"] for row in history)
+    best_epoch = losses.index(min(losses))
+    return {"epochs": len(history), "best_epoch": best_epoch, "val_loss": losses[best_epoch]}
 
 
 def prepare_device(device):
@@ -2506,15 +2511,13 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
     )
     loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)
     history = []
-    losses = []
     for epoch in range(1, training.epochs + 1):
         start = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
         loss, score, gradient_norm, clipped = train_epoch(model, task, optimizer, loader, training)
         answers = evaluate(model, task, data.validation)
         validation = task.measure(answers["loss"], answers["score"], data.unit)
-        losses.append(validation["loss"])
-        if not math.isfinite(loss + losses[-1]):
+        if not math.isfinite(loss + validation["loss"]):
             raise Diverged(
                 f"{type(model).__name__} ({task.name}), seed {seed}: the loss is not finite in "
                 f"epoch {epoch}; try a learning rate below {rate:g} or a clip norm below "
@@ -2531,12 +2534,12 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
         }
         history.append(row)
         on_epoch(row)
-        waited = epochs_since_best(losses)
+        waited = epoch - best_of(history)["best_epoch"]
         if waited == 0:  # a copy: the state's own tensors go on changing
             best_weights = copy.deepcopy(model.state_dict())
         if waited >= training.patience:
             break
-        plateau.step(losses[-1])
+        plateau.step(validation["loss"])
     model.load_state_dict(best_weights)
     return history
 
@@ -2653,17 +2656,14 @@ def forecasts(model, data, shown=120, horizon=120, stride=10):
     }
 
 
-def answers_and_effect(model, task, data):
-    """`Answers` to the test examples; `effect`: how far they follow a change of what decides.
+def effect_of_change(model, task, change):
+    """How far the answers follow a change of what decides: a Series, by row of the test examples.
 
-    A model that does not keep what was changed gives 0, an unchanged example nan.
+    A model that does not keep what was changed gives 0.
     """
-    answers = evaluate(model, task, data.test)
-    if data.change:
-        rows, before, after = data.change
-        effect = task.effect(evaluate(model, task, before), evaluate(model, task, after))
-        answers.loc[rows, "effect"] = effect.to_numpy()
-    return answers
+    rows, before, after = change
+    effect = task.effect(evaluate(model, task, before), evaluate(model, task, after))
+    return effect.set_axis(rows)
 
 
 # task: (task, trained model, untrained model, data) -> what a record holds beside answers
@@ -2695,25 +2695,18 @@ class Run(NamedTuple):
     learning_rate: float | None = None  # the baselines have none
     is_tuning: bool = False  # only to choose the learning rate: the test part stays shut
 
-    def __str__(self):
-        rate = f" rate {self.learning_rate:g}" if self.is_tuning else ""
-        return f"{self.task} {self.model} seed {self.seed}{rate}"
-
-    @property
-    def file_name(self):
-        """Of its record and its checkpoint, without the ending."""
+    def __str__(self):  # the name of its files as well
         name = f"{self.task}_{self.model}_seed{self.seed}"
-        return f"tuning/{name}_rate{self.learning_rate:g}" if self.is_tuning else name
+        return f"{name}_rate{self.learning_rate:g}" if self.is_tuning else name
 
     def record_path(self, folder):
         """Where its record is written, last of all."""
-        return folder / "runs" / f"{self.file_name}.json"
+        subfolder = "runs/tuning" if self.is_tuning else "runs"
+        return folder / subfolder / f"{self}.json"
 
     def model_path(self, folder):
         """Where its checkpoint is written."""
-        if self.is_tuning:
-            return self.record_path(folder).with_suffix(".pt")
-        return folder / "models" / f"{self.file_name}.pt"
+        return folder / "models" / f"{self}.pt"
 
 
 @dataclass(frozen=True)
@@ -2729,23 +2722,19 @@ class Experiment:
     workers: int = 1
     resume: bool = False
 
-    def load_data(self, task, seed):
-        """The data of a seed; raises InputError."""
-        return load_data(task, self.config[task], seed, self.device)
-
-    def build_model(self, run, data):
-        """The fresh model of a run."""
-        config = self.config[run.task]
-        return build_model(TASKS[run.task], run.model, config, data, run.seed).to(self.device)
-
     @cached_property
     def costs(self):
         """What a training step costs, by task and model; measured when it is first asked for."""
         costs = {}
-        for task in self.tasks:
-            data = self.load_data(task, self.seeds[0])
-            models = {model: self.build_model(Run(task, model, 0), data) for model in self.models}
-            costs[task] = measure_costs(TASKS[task], models, self.config[task].training, data)
+        for name in self.tasks:
+            task = TASKS[name]
+            config = self.config[name]
+            data = load_data(name, config, self.seeds[0], self.device)
+            models = {
+                model: build_model(task, model, config, data, 0).to(self.device)
+                for model in self.models
+            }
+            costs[name] = measure_costs(task, models, config.training, data)
         return costs
 
 
@@ -2781,14 +2770,13 @@ def say(text):
     print(printable(text), flush=True)
 
 
-def for_spreadsheet(table, missing=""):
+def for_spreadsheet(table):
     """A table as CSV in which no text is taken for a formula."""
 
     def as_text(cell):
-        is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@"))
-        return f"'{cell}" if is_formula else cell
+        return re.sub(r"^(?=[=+@-])", "'", cell) if isinstance(cell, str) else cell
 
-    return table.map(as_text).to_csv(index=False, na_rep=missing)
+    return table.map(as_text).to_csv(index=False)
 
 
 def write_whole(path, content):
@@ -2820,20 +2808,11 @@ def measure_baselines(data):
     for name, each in data.ceilings().items():
         answers[name] = data.spelled("ceiling", each)
     return {
-        "facts": {name: float(value) for name, value in data.facts.items()},
-        "doubts": list(data.doubts),
+        "facts": data.facts,
+        "doubts": data.doubts,
         "examples": as_lists(data.examples),
         "answers": answers,
     }
-
-
-def save_model(model, run, experiment, data):
-    """Write the checkpoint of a run; returns its SHA-256."""
-    model.preprocessing = data.preprocessing
-    arguments = model_arguments(run.model, experiment.config[run.task], data)
-    content = checkpoint_bytes(model, arguments)
-    write_whole(run.model_path(experiment.folder), content)
-    return hashlib.sha256(content).hexdigest()
 
 
 def trained_model(run, experiment, data, on_epoch):
@@ -2843,33 +2822,27 @@ def trained_model(run, experiment, data, on_epoch):
     if record and has_model(tried, record, experiment.folder):
         model = load_checkpoint(tried.model_path(experiment.folder))
         return model.to(experiment.device), record["history"]
-    model = experiment.build_model(run, data)
-    training = experiment.config[run.task].training
-    history = fit(model, TASKS[run.task], data, training, run.learning_rate, run.seed, on_epoch)
+    task = TASKS[run.task]
+    config = experiment.config[run.task]
+    model = build_model(task, run.model, config, data, run.seed).to(experiment.device)
+    without_test = replace(data, test=None)
+    history = fit(model, task, without_test, config.training, run.learning_rate, run.seed, on_epoch)
     return model, history
 
 
-def try_rate(run, experiment, data, on_epoch):
-    """What the record of a tuning run holds: its history. The test part is not there."""
-    model, history = trained_model(run, experiment, replace(data, test=None), on_epoch)
-    return {"history": history, "checkpoint": save_model(model, run, experiment, data)}
-
-
-def train_and_test(run, experiment, data, on_epoch):
-    """What the record of a run holds: a model is trained, tested, and its checkpoint written."""
+def measure_model(model, run, experiment, data):
+    """What the record of a run holds of its trained model, which gets its test metrics."""
     task = TASKS[run.task]
-    model, history = trained_model(run, experiment, data, on_epoch)
-
-    # the best validation weights are back: nothing is chosen by the test part, which is opened now
-    answers = answers_and_effect(model, task, data)
+    config = experiment.config[run.task]
+    answers = evaluate(model, task, data.test)
+    if data.change:
+        answers["effect"] = effect_of_change(model, task, data.change)
     model.metrics = task.measure(answers["loss"], answers["score"], data.unit)
-    untrained = experiment.build_model(run, data)
+    untrained = build_model(task, run.model, config, data, run.seed).to(experiment.device)
     longest, _ = data.train.batch(data.train.lengths.topk(2).indices)
     return {
-        "history": history,
         "answers": {run.model: data.spelled("model", answers)},
         "evidence": EVIDENCE[run.task](task, model, untrained, data),
-        "checkpoint": save_model(model, run, experiment, data),
         "parts": count_parameters(model),
         "layers": describe_layers(model, longest),
         "cost": experiment.costs[run.task][run.model],
@@ -2890,35 +2863,34 @@ def complete_run(run, experiment, on_epoch):
     """
     device = experiment.device
     prepare_device(device)
-    data = experiment.load_data(run.task, run.seed)
+    config = experiment.config[run.task]
+    data = load_data(run.task, config, run.seed, device)
     path = run.record_path(experiment.folder)
     path.unlink(missing_ok=True)  # an older one must not stand beside a newer model
+    record = {**run._asdict(), "unit": data.unit, "labels": data.preprocessing.get("labels")}
     if run.model == BASELINES:
-        content = measure_baselines(data)
-    elif run.is_tuning:
-        content = try_rate(run, experiment, data, on_epoch)
+        record.update(measure_baselines(data))
     else:
-        content = train_and_test(run, experiment, data, on_epoch)
+        model, record["history"] = trained_model(run, experiment, data, on_epoch)
+        if not run.is_tuning:
+            # the best validation weights are back: nothing is chosen by the test part, opened now
+            record.update(measure_model(model, run, experiment, data))
+        model.preprocessing = data.preprocessing
+        checkpoint = checkpoint_bytes(model, model_arguments(run.model, config, data))
+        write_whole(run.model_path(experiment.folder), checkpoint)
+        record["checkpoint"] = hashlib.sha256(checkpoint).hexdigest()
     environment = {  # what the numbers may depend on beside the configuration and the seed
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "device": device.type,
-        "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
         environment["device"] = torch.cuda.get_device_name(device)
         environment["CUDA"] = torch.version.cuda
         environment["cuDNN"] = torch.backends.cudnn.version()
-        environment["precision"] = torch.backends.cudnn.rnn.fp32_precision
-    record = {
-        **run._asdict(),
-        "unit": data.unit,
-        "labels": data.preprocessing.get("labels"),
-        "environment": environment,
-        **content,
-    }
+    record["environment"] = environment
     write_whole(path, with_digest(record))
     if run.learning_rate and not run.is_tuning:  # what was tried is not needed any more
         run._replace(is_tuning=True).model_path(experiment.folder).unlink(missing_ok=True)
@@ -2928,7 +2900,7 @@ def complete_run(run, experiment, on_epoch):
 
 
 def serve_run(pipe, run, experiment):
-    """In a process of its own: send the row of each epoch, and at last the error, if there was."""
+    """In a process of its own: send the row of each epoch, and at last None, or the error."""
     server = os.getppid()  # the process that starts all others
 
     def end_with_parents():
@@ -2956,24 +2928,22 @@ def complete_in_child(run, experiment, on_epoch, context):
     try:
         process.start()
         sender.close()
-        message = receiver.recv()
-        while isinstance(message, dict):  # the row of an epoch
+        for message in iter(receiver.recv, None):
+            if isinstance(message, Exception):
+                raise message
             on_epoch(message)
-            message = receiver.recv()
-    except (EOFError, ConnectionError):  # the process was killed, or the one that starts it
+    except (EOFError, ConnectionError) as error:  # it was killed, or the process that starts it
         if process.pid:
             process.join()
         else:
             time.sleep(1)  # the next run starts another
-        message = RuntimeError(
+        if process.exitcode == NO_GUARD:  # `run` says so in a child
+            raise InputError(
+                'call main() or run() under `if __name__ == "__main__":`, or with one worker'
+            ) from error
+        raise RuntimeError(
             f"its process ended with status {process.exitcode}; killed, or out of memory?"
-        )
-    if process.exitcode == NO_GUARD:  # `run` says so in a child
-        message = InputError(
-            'call main() or run() under `if __name__ == "__main__":`, or with one worker'
-        )
-    if message:
-        raise message
+        ) from error
 
 
 def block_signals():
@@ -2984,6 +2954,19 @@ def block_signals():
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
 
 
+def start_server():
+    """Start the process that starts those of the runs, which takes seconds, in the background."""
+    # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was
+    # page faults
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
+    modules = ["torch._dynamo", "pandas", "matplotlib.figure", "tqdm.auto"]
+    multiprocessing.set_forkserver_preload(modules)
+    if os.name == "posix":
+        with ThreadPoolExecutor(1, initializer=block_signals) as pool:
+            pool.submit(forkserver.ensure_running)
+
+
 def results_of(runs, experiment, workers, on_epoch):
     """Do the runs, `workers` at a time; yields each with a function that raises what ended it."""
     if workers == 1:
@@ -2991,18 +2974,15 @@ def results_of(runs, experiment, workers, on_epoch):
             yield run, partial(complete_run, run, experiment, partial(on_epoch, run))
         return
     load_data.cache_clear()  # from here on the processes hold the data
-    # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was
-    # page faults
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    context.set_forkserver_preload(["torch._dynamo", "pandas", "matplotlib.figure", "tqdm.auto"])
     pool = ThreadPoolExecutor(workers, initializer=block_signals)
     futures = {}
     try:
         for run in runs:
-            told = partial(on_epoch, run)
-            futures[pool.submit(complete_in_child, run, experiment, told, context)] = run
+            future = pool.submit(
+                complete_in_child, run, experiment, partial(on_epoch, run), context
+            )
+            futures[future] = run
         for future in as_completed(futures):
             yield futures[future], future.result
     finally:  # after an error or an interruption some are left
@@ -3014,12 +2994,12 @@ def results_of(runs, experiment, workers, on_epoch):
                 time.sleep(0.02)
 
 
-def expected_seconds(run, experiment, epochs=20):
-    """How long so many epochs of a run take, or fewer if its cap is lower."""
+def expected_seconds(run, experiment):
+    """How long a run takes with 20 epochs, or fewer if its cap is lower."""
     if run.model == BASELINES:
         return 2.0  # no cost is measured
-    cap = experiment.config[run.task].training.epochs
-    return experiment.costs[run.task][run.model]["seconds_per_epoch"] * min(epochs, cap)
+    epochs = min(20, experiment.config[run.task].training.epochs)
+    return epochs * experiment.costs[run.task][run.model]["seconds_per_epoch"]
 
 
 def complete_runs(runs, experiment):
@@ -3032,11 +3012,9 @@ def complete_runs(runs, experiment):
     if not runs:
         return {}
     workers = min(experiment.workers, len(runs))
-    per_epoch = {run: expected_seconds(run, experiment, epochs=1) for run in runs}
     left = {run: expected_seconds(run, experiment) for run in runs}
     # of each task and seed the baselines first, which hold the test examples, then the longest run
-    tasks = experiment.tasks
-    runs = sorted(runs, key=lambda r: (tasks.index(r.task), r.seed, r.model != BASELINES, -left[r]))
+    runs = sorted(runs, key=lambda r: (r.task, r.seed, r.model != BASELINES, -left[r]))
     total = sum(left.values())
     tell(
         f"{len(runs)} runs on {experiment.device}, {workers} at a time with a thread each: about "
@@ -3051,14 +3029,11 @@ def complete_runs(runs, experiment):
     )
     start = time.monotonic()
 
-    def show_progress(line):
-        bar.n = total - sum(left.values())
-        tell(line)
-
     def on_epoch(run, row):  # called in many threads, for a run always in the same one
-        left[run] = max(left[run] - per_epoch[run], per_epoch[run])  # nobody knows how many follow
+        left[run] *= 0.95  # of about 20 epochs one has passed; nobody knows how many follow
+        bar.n = total - sum(left.values())
         metric = TASKS[run.task].metrics[0].name
-        show_progress(
+        tell(
             f"{run}  epoch {row['epoch']:2d}  train/val "
             f"loss {row['train']['loss']:.4g}/{row['validation']['loss']:.4g}, "
             f"{metric} {row['train'][metric]:.4g}/{row['validation'][metric]:.4g}"
@@ -3068,18 +3043,16 @@ def complete_runs(runs, experiment):
     results = results_of(runs, experiment, workers, on_epoch)
     with bar, closing(results):
         for n, (run, result) in enumerate(results, start=1):
+            line = f"{run}  done"
             try:
                 result()
             except (RuntimeError, MemoryError) as error:  # of this run alone
                 failures[run] = error
+                line = f"failed: {run}: {first_line(error)}"
             left[run] = 0
-            if run in failures:
-                show_progress(f"failed: {run}: {first_line(failures[run])}")
-                continue
-            rest = sum(left.values())
-            seconds = (time.monotonic() - start) * rest / (total - rest)
-            place = f"{n} of {len(runs)}, {tqdm.format_interval(seconds)} left"
-            show_progress(f"{run}  done ({place})")
+            bar.n = total - sum(left.values())
+            seconds = (time.monotonic() - start) * (total / bar.n - 1)
+            tell(f"{line} ({n} of {len(runs)}, {tqdm.format_interval(seconds)} left)")
     return failures
 
 
@@ -3101,12 +3074,10 @@ def read_records(folder, subfolder="runs"):
             text = path.read_text()
             record = json.loads(text)
             del record["digest"]
-            if text != with_digest(record):
-                raise ValueError("cut or changed")
             run = Run(*(record[name] for name in Run._fields))
+            if text != with_digest(record) or path != run.record_path(folder):
+                raise ValueError("cut, changed, or of another run")
             place = tasks.index(run.task), models.index(run.model), run.seed, run.learning_rate
-            if path != run.record_path(folder):
-                raise ValueError("the record of another run")
             found[place] = run, record
         except Exception:  # a foreign or damaged file can be anything
             tell(f"{path} is not the whole record of a run; it is left out")
@@ -3149,13 +3120,13 @@ def plain_config(config):
 def read_config(folder):
     """The configuration of the runs in a folder, by task; raises InputError."""
     path = folder / "config.json"
-    if not path.exists():
-        raise InputError(f"no runs in {folder}; train first")
     try:
         config = json.loads(path.read_bytes())
         return {name: dict(config[name]) for name in TASKS}
     except Exception as error:  # a foreign or damaged file can be anything
-        raise InputError(f"{path}: damaged; choose another --output-dir") from error
+        raise InputError(
+            f"{path}: not there, or damaged; train first, or choose another --output-dir"
+        ) from error
 
 
 def make_folder(folder, tasks, config):
@@ -3193,25 +3164,6 @@ def make_folder(folder, tasks, config):
 # --- the choice of learning rates -----------------------------------------------------
 
 
-def best_of(history):
-    """Number of epochs, the one whose weights were kept, its validation loss; of none 0, 0, inf."""
-    losses = [math.inf]  # before the first epoch
-    losses.extend(epoch["validation"]["loss"] for epoch in history)
-    best_epoch = losses.index(min(losses))
-    return {"epochs": len(history), "best_epoch": best_epoch, "val_loss": losses[best_epoch]}
-
-
-def tuning_table(runs, folder):
-    """A row per tuning run; where one diverged, its validation loss is infinite."""
-    records = read_records(folder, "runs/tuning")
-    rows = []
-    for run in runs:
-        history = records.get(run, {}).get("history", [])
-        rows.append({**run._asdict(), **best_of(history)})
-    columns = ["task", "model", "learning_rate", "seed", "val_loss", "best_epoch", "epochs"]
-    return DataFrame(rows)[columns]
-
-
 def rates_beyond(losses):
     """The rate to try next, in a list, if the best of those tried is at their edge.
 
@@ -3239,49 +3191,58 @@ def tune_rates(experiment, tasks, grid):
 
     Successive halving (Jamieson & Talwalkar 2016): the first seed tries the grid, the better half
     of the rates goes on to the other seeds, and the lowest mean validation loss wins. A best rate
-    at the edge is followed outwards. A model gets no rate if a run failed other than by divergence,
-    for its rate may be the best, or if all diverged.
+    at the edge is followed outwards. A model's rate is None if a run failed other than by
+    divergence, for its rate may be the best, or if all diverged.
     """
     pairs = list(product(tasks, experiment.models))
-    first, *others = experiment.seeds
-    of_each = len(grid) + math.ceil(len(grid) / 2) * len(others)
-    seconds = sum(expected_seconds(Run(*pair, first), experiment) for pair in pairs)
+    seeds = experiment.seeds
+    of_each = len(grid) + math.ceil(len(grid) / 2) * (len(seeds) - 1)
+    seconds = of_each * sum(expected_seconds(Run(*pair, 0), experiment) for pair in pairs)
     tell(
         f"learning rates are chosen first, by about {of_each * len(pairs)} runs: "
-        f"{tqdm.format_interval(of_each * seconds / experiment.workers)}, if a run takes 20 epochs"
+        f"{tqdm.format_interval(seconds / experiment.workers)}, if a run takes 20 epochs"
     )
-    new = [Run(*pair, first, rate, is_tuning=True) for pair in pairs for rate in grid]
-    runs = []
-    incomplete = set()
-    for seeds, further_seeds in (([first], others), (experiment.seeds, [])):
-        while new:
-            for run, error in complete_runs(new, experiment).items():
-                if not isinstance(error, Diverged):
-                    incomplete.add((run.task, run.model))
-            runs.extend(new)
-            table = tuning_table(runs, experiment.folder)
-            by_seed = table.pivot(
-                index=["task", "model", "learning_rate"], columns="seed", values="val_loss"
-            )
-            # infinite where a rate diverged on a seed, or was not tried on all
-            means = by_seed.mean(axis=1, skipna=False).fillna(math.inf)
-            losses = {}  # by rate, of each model with a rate that can be chosen
-            for pair, of_pair in means.groupby(["task", "model"]):
-                if of_pair.min() < math.inf:
-                    losses[pair] = of_pair.loc[pair]
+    steps = (  # which rates are tried, given the losses of those before, and on which seeds
+        (lambda _: grid, seeds[:1]),
+        (rates_beyond, seeds[:1]),
+        (better_half, seeds),
+        (rates_beyond, seeds),
+    )
+    losses = dict.fromkeys(pairs)  # mean validation losses by rate
+    tried = {}  # what the history of each run says
+    failures = {}
+    for choose, seeds_of_step in steps:
+        while True:
             new = []
             for pair, of_pair in losses.items():
-                for rate, seed in product(rates_beyond(of_pair), seeds):
-                    new.append(Run(*pair, seed, rate, is_tuning=True))
-        for pair, of_pair in losses.items():
-            for rate, seed in product(better_half(of_pair), further_seeds):
-                new.append(Run(*pair, seed, rate, is_tuning=True))
-    rates = {pair: losses[pair].idxmin() for pair in losses if pair not in incomplete}
-    for run in runs:  # of the other rates the models are not needed any more
-        if rates.get((run.task, run.model), run.learning_rate) != run.learning_rate:
+                for rate, seed in product(choose(of_pair), seeds_of_step):
+                    run = Run(*pair, seed, rate, is_tuning=True)
+                    if run not in tried:
+                        new.append(run)
+            if not new:
+                break
+            failures.update(complete_runs(new, experiment))
+            records = read_records(experiment.folder, "runs/tuning")
+            for run in new:
+                tried[run] = best_of(records[run]["history"] if run in records else [])
+            table = DataFrame(tried.keys()).join(DataFrame(tried.values()))
+            for pair, rows in table.groupby(["task", "model"]):
+                by_seed = rows.pivot(index="learning_rate", columns="seed", values="val_loss")
+                # infinite where a rate diverged on a seed, or was not tried on all
+                losses[pair] = by_seed.mean(axis=1, skipna=False).fillna(math.inf)
+
+    incomplete = {
+        (run.task, run.model) for run, error in failures.items() if not isinstance(error, Diverged)
+    }
+    rates = dict.fromkeys(pairs)
+    for pair, of_pair in losses.items():
+        if pair not in incomplete and of_pair.min() < math.inf:
+            rates[pair] = of_pair.idxmin()
+    is_chosen = [rates[run.task, run.model] == run.learning_rate for run in tried]
+    for run, chosen in zip(tried, is_chosen):
+        if rates[run.task, run.model] and not chosen:  # its model is not needed any more
             run.model_path(experiment.folder).unlink(missing_ok=True)
-    of_each_run = [rates.get((run.task, run.model)) for run in runs]
-    return rates, table.assign(chosen=table["learning_rate"] == of_each_run)
+    return rates, table.drop(columns="is_tuning").assign(chosen=is_chosen)
 
 
 # ======================================================================================
@@ -4243,16 +4204,16 @@ COLUMNS = {"reviews": ("text_column", "label_column"), "corpus": (), "series": (
 
 def check_options(options):
     """Raise InputError where a choice or a number is none that can be used."""
-    for name, value in options.items():
-        for each in np.atleast_1d(value):  # some options are lists
-            if name in CHOICES and each not in CHOICES[name]:
-                raise InputError(f"--{name} {str(each)!r}: choose from {', '.join(CHOICES[name])}")
-            if name in RANGES and each is not None:
-                least, most = RANGES[name]
-                if not least <= each <= most:
-                    raise InputError(
-                        f"--{name.replace('_', '-')} {each}: it must be from {least:g} to {most:g}"
-                    )
+    for name, choices in CHOICES.items():
+        for choice in np.atleast_1d(options.get(name, [])):  # some options are lists
+            if choice not in choices:
+                raise InputError(f"--{name} {str(choice)!r}: choose from {', '.join(choices)}")
+    for name, (least, most) in RANGES.items():
+        for number in np.atleast_1d(options.get(name, [])):
+            if number is not None and not least <= number <= most:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {number}: it must be from {least:g} to {most:g}"
+                )
 
 
 def choose_device(name):
@@ -4268,13 +4229,14 @@ def choose_device(name):
     return CPU
 
 
-def usable_cores(quota_file=Path("/sys/fs/cgroup/cpu.max")):
+def usable_cores():
     """The processor cores that this process may use; a container may grant less than there are."""
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):  # it may hold "max"
-        quota, period = map(int, quota_file.read_text().split())  # microseconds of all cores
+        # microseconds of all cores in a period of so many
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = max(1, min(cores, quota // period))
     return cores
 
@@ -4284,11 +4246,8 @@ def user_data(option, given, columns=()):
     columns = tuple(map(str, columns))
     is_name = isinstance(given, str) and (len(given) < 256 or " " not in given)
     if is_name or isinstance(given, os.PathLike):
-        path = str(given)
-        if not os.path.isfile(path):  # noqa: PTH113 (Path's raises if a name is too long)
-            raise InputError(f"{path}: no such file, or not a regular file, to be read again")
-        text, notes = read_text(path)
-        return UserData(path, text, columns, tuple(notes))
+        text, notes = read_text(given)
+        return UserData(str(given), text, columns, tuple(notes))
     try:
         if option == "corpus":
             return UserData(option, given if isinstance(given, str) else "\n".join(given), columns)
@@ -4317,25 +4276,25 @@ def configure(options):
         if options["epochs"]:
             changes["training"] = replace(default.training, epochs=options["epochs"])
         option = TASKS[name].file_option
-        path = options[option]
-        for column in COLUMNS[option]:
-            if options[column] and path is None:
-                raise InputError(f"--{column.replace('_', '-')} goes with --{option} or --predict")
-        if path is not None:
+        given = options[option]
+        columns = [options[column] for column in COLUMNS[option]]
+        if given is not None:
             if name not in options["tasks"]:
                 raise InputError(f"--{option} is for the {name}, which --tasks leaves out")
-            columns = [options[column] for column in COLUMNS[option]]
-            changes["file"] = user_data(option, path, columns)
+            changes["file"] = user_data(option, given, columns)
+        elif any(columns):
+            raise InputError(f"the name of a column goes with --{option} or --predict")
         config[name] = replace(default, **changes)
     return config
 
 
 def default_folder(config, quick):
     """Where files go if nothing else is said: named after the user's files."""
+    if quick:
+        return Path("outputs", "quick")
     files = [of_task.file for of_task in config.values() if of_task.file]
     stems = [Path(file.path.removesuffix(".gz")).stem for file in files]
-    own = "_".join(["own", *stems]) if stems else ""
-    return Path("outputs", "quick" if quick else own)
+    return Path("outputs", "_".join(["own", *stems]) if stems else "")
 
 
 @settings_restored()
@@ -4379,8 +4338,7 @@ def run(
     # what cannot be used is said before anything else
     check_options(options)
     if tune and (report or learning_rate):
-        other = "--report" if report else "--learning-rate"
-        raise InputError(f"--tune and {other} cannot go together")
+        raise InputError("--tune cannot go together with --report or --learning-rate")
     if window and set(tasks) == {"classifier"}:
         raise InputError("--window is for predictor and forecaster, which --tasks leaves out")
     config = configure(options)
@@ -4403,9 +4361,11 @@ def run(
         resume=resume,
     )
     prepare_device(torch_device)
+    if workers > 1:
+        start_server()
     looks = []
     for name in experiment.tasks:
-        data = experiment.load_data(name, experiment.seeds[0])
+        data = load_data(name, config[name], experiment.seeds[0], torch_device)
         looks.append(f"{TASKS[name].title}, first seed: {facts_text(data.facts)}")
         looks.append(data.examples.head(3).to_string(index=False, max_colwidth=60))
         looks.extend(f"note: {doubt}" for doubt in data.doubts)
@@ -4416,28 +4376,27 @@ def run(
     # learning rates, then the runs
     failed = 0
     rates = {}
+    for task, model in product(experiment.tasks, experiment.models):
+        rates[task, model] = learning_rate or CELLS[cell_name(model)].learning_rates[task]
     tuned = []
     if tune:
         tuned = experiment.tasks
     elif tune is None and not learning_rate and not quick:
         tuned = [name for name in experiment.tasks if config[name].file]
     if tuned:
-        rates, table = tune_rates(experiment, tuned, RATES[4:6] if quick else RATES[4:7])
+        chosen, table = tune_rates(experiment, tuned, RATES[4:6] if quick else RATES[4:7])
         write_table(folder, "tuning", table)
-        figure = {"learning_rates": partial(learning_rates_figure, table)}
-        failed = draw_figures(folder, figure)[1]
-        for pair in product(tuned, experiment.models):
-            rate = rates.get(pair, "none, because of the failures above")
-            tell(f"learning rate of {' '.join(pair)}: {rate}")
-    pairs = list(product(experiment.tasks, experiment.models))
-    for task, model in pairs:
-        if task not in tuned:
-            rates[task, model] = learning_rate or CELLS[cell_name(model)].learning_rates[task]
+        draw = partial(learning_rates_figure, table)
+        failed = draw_figures(folder, {"learning_rates": draw})[1]
+        for pair, rate in chosen.items():
+            tell(f"learning rate of {' '.join(pair)}: {rate or 'none, because of failures above'}")
+        rates.update(chosen)
     runs = []
     for seed in experiment.seeds:
+        # first the baselines, which hold the test examples
         runs.extend(Run(task, BASELINES, seed) for task in experiment.tasks)
-        runs.extend(Run(*pair, seed, rate) for pair, rate in rates.items())
-    failed += len(complete_runs(runs, experiment)) + len(pairs) - len(rates)
+        runs.extend(Run(*pair, seed, rate) for pair, rate in rates.items() if rate)
+    failed += len(complete_runs(runs, experiment)) + list(rates.values()).count(None)
     return make_report(folder, failed)
 
 
@@ -4469,7 +4428,7 @@ def print_labels(model, source, options):
         tell_notes(notes)
         texts = rows[find_column(header, text_column, TEXT_COLUMNS, "text")].tolist()
         answers = DataFrame(model.predict(texts), columns=["label", "probability"]).round(4)
-        say(for_spreadsheet(answers.assign(text=texts), missing="-").rstrip("\n"))
+        say(for_spreadsheet(answers.assign(text=texts)).rstrip("\n"))
     else:
         for label, probability in model.predict(text.splitlines() or [""]):
             say(f"{label or '-'}\t{probability:.4f}")
@@ -4511,9 +4470,8 @@ def predict(options):
         raise InputError("--predict cannot go together with --report or --tune")
     path, source = options["predict"]
     model = load_checkpoint(path)
-    for kind, show in PREDICTIONS.items():
-        if isinstance(model, kind):
-            show(model, source, {**CONTINUATION, **options})
+    show = PREDICTIONS[type(model).__base__]
+    show(model, source, {**CONTINUATION, **options})
 
 
 # --- the program ----------------------------------------------------------------------
@@ -4603,7 +4561,7 @@ def main(argv=None):
         raise KeyboardInterrupt(number)
 
     before = {}
-    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+    with suppress(ValueError):  # threads but the first cannot set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, interrupt)
     try:

@@ -423,8 +423,8 @@ def test_the_effect_of_a_change_is_what_the_output_makes_of_it(data):
     for name, task in rnn.TASKS.items():
         own = data[name]
         model = new_model(name, "GRU", data).eval()
-        effect = rnn.answers_and_effect(model, task, own)["effect"]
-        assert len(effect) == len(own.test)
+        effect = rnn.effect_of_change(model, task, own.change)
+        assert list(effect.index) == list(own.change.rows)
         row = own.change.rows[1]
         (old, target), (new, _) = (part.batch([1]) for part in own.change[1:])
         if name == "forecaster":  # as the model was trained: without the mean, shifted in one place

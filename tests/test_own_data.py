@@ -450,7 +450,7 @@ def sine_with(row):
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("reviews", None, "no such file"),
+        ("reviews", None, "cannot be read"),
         ("reviews", "", "the file is empty"),
         ("corpus", " \n ", "the file is empty"),
         ("corpus", b"abc \xff \0 def", "not a text file"),

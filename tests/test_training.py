@@ -16,11 +16,13 @@ RATE = 1e-3
 NINE = [(task, name) for task in rnn.TASKS for name in rnn.CELLS]
 
 
-def test_the_best_epoch_of_a_list_of_losses():
+def test_the_best_epoch_of_a_history():
     losses = [5, 4, 4, 4.5, 3, 3, 3.1, 9]
-    since = [rnn.epochs_since_best(losses[:n]) for n in range(1, 9)]
-    assert [n == 0 for n in since] == [True, True, False, False, True, False, False, False]
-    assert [n >= 3 for n in since] == [False] * 7 + [True]
+    history = [{"validation": {"loss": loss}} for loss in losses]
+    found = [rnn.best_of(history[:n]) for n in range(9)]
+    assert [each["epochs"] for each in found] == list(range(9))
+    assert [each["best_epoch"] for each in found] == [0, 1, 2, 2, 2, 5, 5, 5, 5]
+    assert [each["val_loss"] for each in found] == [math.inf, 5, 4, 4, 4, 3, 3, 3, 3]
 
 
 def scripted_fit(monkeypatch, data, losses, learning_rate=RATE, **changes):

@@ -173,6 +173,7 @@ def test_an_input_that_begins_with_a_minus_is_no_option(checkpoint, capsys):
 def test_only_files_and_pipes_are_read(checkpoint, capsys):
     refusal(["--predict", str(checkpoint("classifier")), "/dev/zero"], capsys)
     refusal(["--predict", "/dev/zero", "text"], capsys)
+    refusal(["--corpus", "/dev/zero"], capsys)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes with names")
@@ -183,6 +184,9 @@ def test_predict_reads_a_pipe_once(checkpoint, capsys, tmp_path):
     writer.start()
     expected = predict(capsys, checkpoint("classifier"), lines)
     assert predict(capsys, checkpoint("classifier"), pipe) == expected
+    writer = threading.Thread(target=pipe.write_text, args=[lines], daemon=True)
+    writer.start()
+    assert rnn.user_data("corpus", pipe).text == lines
 
 
 @pytest.mark.parametrize(
