@@ -8,9 +8,11 @@
 Tasks       classifier   positive or negative film reviews    (accuracy, binary cross-entropy)
             predictor    the next word of a corpus            (accuracy, cross-entropy, perplexity)
             forecaster   the next value of noisy sine waves   (MSE, MAE)
-Sections    configuration, datasets, generated data, your own data, baselines, models, tasks,
-            training, evidence, experiment, results, figures, command line: each uses only what
-            stands above it
+Sections    configuration (settings, learning rates), datasets (batches, vocabulary), generated data
+            (and the ceiling of the series), your own data (reading files), baselines, models (use,
+            saving, loading), tasks (preparation of the data), training, evidence (effect of a
+            change, gradients, costs), experiment (runs, folders, tuning), results (statistics,
+            tables, text), figures, command line: each uses only what stands above it
 Data flow   options -> configuration -> runs -> records of test examples -> tables -> figures
 Files       pytorch_rnn_*.png, pytorch_rnn_{runs,history,summary,comparisons,costs,tuning}.csv,
             pytorch_rnn_summary.md
@@ -2390,7 +2392,7 @@ class Diverged(RuntimeError):
 
 
 def best_of(history):
-    """Number of epochs, the one of the lowest validation loss, of equals the first, and that loss;
+    """How many epochs there were, the first one with the lowest validation loss, and that loss;
     before the first epoch 0, 0, inf.
     """
     losses = [math.inf]
@@ -2628,11 +2630,11 @@ def gradient_by_step(model, task, data, n=64):
 
 
 def forecasts(model, data, shown=120, horizon=120, stride=10):
-    """Forecasts against the truth, in series units: of the first `shown` test windows, and
-    free-running.
+    """Forecasts against the truth, in series units.
 
-    The latter `horizon` steps from every `stride`-th window: the first of them, and the mean
-    squared error by horizon.
+    First one step ahead, of the first `shown` test windows. Then free-running, `horizon` steps from
+    every `stride`-th window: the forecasts from the first of them, and the mean squared error of
+    all by the number of steps.
     """
     horizon = min(horizon, max(len(data.test) // 2, 1))
     windows = data.test.inputs[: len(data.test) - horizon + 1 : stride]  # (O, T, 1)
@@ -2967,8 +2969,10 @@ def start_server():
             pool.submit(forkserver.ensure_running)
 
 
-def results_of(runs, experiment, workers, on_epoch):
-    """Do the runs, `workers` at a time; yields each with a function that raises what ended it."""
+def started_runs(runs, experiment, workers, on_epoch):
+    """Start the runs, `workers` at a time; yields each with a function that finishes it, or raises
+    what ended it.
+    """
     if workers == 1:
         for run in runs:
             yield run, partial(complete_run, run, experiment, partial(on_epoch, run))
@@ -3040,12 +3044,12 @@ def complete_runs(runs, experiment):
         )
 
     failures = {}
-    results = results_of(runs, experiment, workers, on_epoch)
-    with bar, closing(results):
-        for n, (run, result) in enumerate(results, start=1):
+    started = started_runs(runs, experiment, workers, on_epoch)
+    with bar, closing(started):
+        for n, (run, finish) in enumerate(started, start=1):
             line = f"{run}  done"
             try:
-                result()
+                finish()
             except (RuntimeError, MemoryError) as error:  # of this run alone
                 failures[run] = error
                 line = f"failed: {run}: {first_line(error)}"
@@ -3649,9 +3653,9 @@ def task_text(task, baselines, runs, examples, scores, comparisons):
     sentences = list(comparisons["verdict"])
     if comparisons["low"].isna().any():
         sentences.append("One seed supports no ranking")
-    accuracy = examples.groupby("name")["score"].mean()
+    score = examples.groupby("name")["score"].mean()
     for model, rates in models["learning_rate"]:
-        if accuracy[model] <= accuracy.get(MAJORITY, -math.inf) + 0.01:
+        if score[model] <= score.get(MAJORITY, -math.inf) + 0.01:
             sentences.append(f"{model} knows little more than how frequent the labels are")
         if rates.nunique() > 1:
             sentences.append(f"The means of {model} mix runs at different learning rates")
