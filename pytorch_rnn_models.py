@@ -796,7 +796,6 @@ LABEL_COLUMNS = ("label", "sentiment", "class", "rating", "stars")
 MISSING = ("", "na", "nan", "null", "none")  # cells without a value, in lower case
 SEPARATORS = {";": "semicolons", "\t": "tabs", ",": "commas"}
 MOST_BYTES = 500_000_000  # of a text, unpacked
-DAY = 86_400  # seconds
 CALENDAR = {"year": "", "month": "-", "day": "-", "hour": " ", "minute": ":"}  # with what is ahead
 NUMBER_AHEAD = r"\W*\d++(?![^\W\d_e])"  # a cell that begins with a number
 
