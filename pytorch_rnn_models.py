@@ -1,4 +1,4 @@
-"""Vanilla RNN, LSTM and GRU compared on three tasks, each with its baselines and its ceiling.
+"""Vanilla RNN, LSTM and GRU compared on three tasks, each with baselines and a ceiling.
 
     python pytorch_rnn_models.py                 the whole experiment, into outputs/
     python pytorch_rnn_models.py --quick         all of it on tiny data, into outputs/quick/
@@ -6,21 +6,28 @@
     python -m pytest tests                       the tests
 
 Tasks       classifier   positive or negative film reviews    (accuracy, binary cross-entropy)
-            predictor    the next word of a corpus            (accuracy, cross-entropy, perplexity)
+            predictor    the next word of a corpus            (accuracy, cross-entropy)
             forecaster   the next value of noisy sine waves   (MSE, MAE)
-Sections    configuration (settings, learning rates), datasets (batches, vocabulary), generated data
-            (and the ceiling of the series), your own data (reading files), baselines, models (use,
-            saving, loading), tasks (preparation of the data), training, evidence (effect of a
-            change, gradients, costs), experiment (runs, folders, tuning), results (statistics,
-            tables, text), figures, command line: each uses only what stands above it
-Data flow   options -> configuration -> runs -> records of test examples -> tables -> figures
-Files       pytorch_rnn_*.png, pytorch_rnn_{runs,history,summary,comparisons,costs,tuning}.csv,
-            pytorch_rnn_summary.md
-            config.json                     the configuration: one folder holds one
-            runs/TASK_MODEL_seedN.json      the record of a run; "baselines": what needs no training
-            models/TASK_MODEL_seedN.pt      its model: load_checkpoint(path).predict(...) uses it
-            predictions/TASK_seedN.csv      the answers of all models to each test example
-            all in the output directory, each written whole or not at all
+
+Where to begin: to see how a model is trained read `SequenceModel`, `Classifier`, `train_step`
+and `fit`, 150 lines. Then `generate_reviews` for what a task asks, and `compare` for what is
+called better.
+
+Sections (each uses only what stands above it; search for the name between two ruled lines)
+    Configuration     every setting with its reason, the cells and their learning rates
+    Datasets          batches, words and vocabulary, the cut into three parts
+    Generated data    reviews, corpus, series; the best possible forecast of the series
+    Your own data     a file or data from Python -> a table of reviews, lines or values
+    Models            recurrent layer, three heads, the named classes, saving and loading
+    Training          device, one step, one epoch, evaluation, early stopping
+    Baselines         majority, naive Bayes, n-grams, persistence, least squares, neighbours,
+                      and a network without recurrence
+    Tasks             the preparation of each task's data; all that differs between the tasks
+    Evidence          effect of a change, forecasts fed back, memory, what a model consists of
+    Experiment        a run and its files, runs in several processes, choice of learning rates
+    Results           scores, differences with intervals, by distance, what is commonly said
+    Figures           each made from the tables; the report
+    Command line      options, `run`, `--predict`, `main`
 
 Shapes in comments: N examples, B batch, T time steps, E embedding, F input features, H hidden
 units, V vocabulary, K labels, O origins of forecasts.
@@ -29,38 +36,34 @@ units, V vocabulary, K labels, O origins of forecasts.
 from __future__ import annotations
 
 import argparse
-import codecs
 import copy
 import csv
 import gzip
-import hashlib
 import html
 import io
 import json
 import math
 import multiprocessing
 import os
-import pickletools
 import platform
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
-import timeit
 import unicodedata
 import warnings
 import zipfile
-import zlib
+from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache, partial
-from itertools import combinations, cycle, pairwise, product
-from multiprocessing import forkserver, resource_tracker
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import combinations, cycle, product
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,19 +71,15 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib import rc_context
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from pandas import DataFrame, Series
 from torch import nn, optim
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 # cuBLAS repeats its numbers only with this, and reads it when it is first used
-if torch.cuda.is_initialized() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
-    warnings.warn("CUDA was used before: for equal numbers import this first", stacklevel=2)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # ======================================================================================
@@ -94,66 +93,86 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Cell:
-    """A recurrent cell; one more is a record here, three classes, and their names in the tasks."""
+    """A recurrent cell; one more is a record here and a class per task that names it."""
 
-    layer: Callable  # a class of PyTorch's recurrent layers, or one with a setting
+    layer: Callable  # a class of PyTorch's recurrent layers, or one that is called like them
     colour: str  # in all figures; these are safe for colour-blind readers (Okabe & Ito 2008)
     learning_rates: Mapping  # Adam's at the start, by task: what `--tune` chose
-    start: Callable | None = None  # fills the recurrent weights; else the models do, by task
+    start: Callable | None = None  # fills the recurrent weights; else each task has its own
 
 
 # The rates are those of `--tune --models RNN LSTM GRU IRNN --seeds 0 1 2 3 4 --output-dir
 # outputs/tuning` with the settings below: if these change, they have to be chosen again.
 CELLS = {
-    "RNN": Cell(
-        layer=nn.RNN,
-        colour="#D55E00",
-        learning_rates={"classifier": 1e-3, "predictor": 3e-3, "forecaster": 3e-3},
-    ),
-    "LSTM": Cell(
-        layer=nn.LSTM,
-        colour="#0072B2",
-        learning_rates={"classifier": 1e-2, "predictor": 3e-3, "forecaster": 1e-2},
-    ),
-    "GRU": Cell(
-        layer=nn.GRU,
-        colour="#009E73",
-        learning_rates={"classifier": 1e-2, "predictor": 1e-3, "forecaster": 1e-2},
-    ),
+    "RNN": Cell(nn.RNN, "#D55E00", {"classifier": 1e-3, "predictor": 3e-3, "forecaster": 3e-3}),
+    "LSTM": Cell(nn.LSTM, "#0072B2", {"classifier": 1e-2, "predictor": 3e-3, "forecaster": 1e-2}),
+    "GRU": Cell(nn.GRU, "#009E73", {"classifier": 1e-2, "predictor": 1e-3, "forecaster": 1e-2}),
     # the control: no gates, but units and a start that keep what is there (Le et al. 2015)
     "IRNN": Cell(
-        layer=partial(nn.RNN, nonlinearity="relu"),
-        colour="#CC79A7",
-        learning_rates={"classifier": 1e-3, "predictor": 3e-3, "forecaster": 1e-2},
+        partial(nn.RNN, nonlinearity="relu"),
+        "#CC79A7",
+        {"classifier": 1e-3, "predictor": 3e-3, "forecaster": 1e-2},
         start=nn.init.eye_,
     ),
 }
 DEFAULT_MODELS = ("RNN", "LSTM", "GRU")
+DEFAULT_SEEDS = (42, 43, 44)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # the grid of --tune
+
+
+def check_number(name, value, default):
+    """Raise InputError unless `value` is a number of the kind of `default`, and in its range.
+
+    Whole numbers are above zero if the default is; others not below it, and below one if the
+    default is.
+    """
+    is_whole = isinstance(default, int)
+    kind = Integral if is_whole else Real
+    least = 1 if is_whole and default else 0
+    most = 1e15 if is_whole or default >= 1 else 0.999
+    if not isinstance(value, kind) or value is True or not least <= value <= most:
+        what = "a whole number" if is_whole else "a number"
+        raise InputError(f"{name} {value!r}: it must be {what} from {least} to {most:g}")
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a model is trained; all but the learning rate is the same for all cells of a task."""
+class UserData:
+    """A user's own data, which take the place of the generated."""
 
-    epochs: int = 30  # upper bound; early stopping may end sooner
-    batch_size: int = 64  # examples per update; of few data fewer: `batch_size_for`
+    name: str  # of the file, or of the option that they were given for
+    digest: str  # of what was read: a run belongs to it, wherever the file lies
+    table: DataFrame = field(compare=False)
+    notes: tuple = ()  # sentences on what may mislead
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What the configurations of the three tasks share. Each number is also an option."""
+
+    own: UserData | None = None  # takes the place of the generated data
+    hidden_dim: int = 100
+    n_layers: int = 1
+    dropout: float = 0.2
+    # how a model is trained; all but the learning rate is the same for all cells of a task
+    epochs: int = 100  # upper bound; early stopping may end sooner
+    batch_size: int = 128  # examples per update; of few data fewer: `batch_size_for`
     # of an epoch, at least: it passes several times over few data, so that patience and schedule
     # mean the same for them
     updates: int = 50
     accumulate_steps: int = 1  # micro-batches of a batch, to save memory; the gradient is equal
     lr_factor: float = 0.5  # the rate is multiplied by this on a plateau of the validation loss
     lr_patience: int = 1  # epochs without improvement by 0.01 % or more before the rate falls
-    patience: int = 4  # epochs without improvement after which training ends
+    # epochs without improvement after which training ends; lr_patience + 2 or more, or the rate
+    # never falls
+    patience: int = 4
     weight_decay: float = 0.0  # pulls back embeddings of rare words, which memorise
     clip_norm: float = 1.0  # larger gradients are scaled down to this norm
 
-    def __post_init__(self):
-        least = self.lr_patience + 2
-        if self.patience < least:
-            raise InputError(
-                f"patience {self.patience} ends training before the learning rate has fallen; "
-                f"with lr_patience {self.lr_patience} it must be {least} or more"
-            )
+    @classmethod
+    def numbers(cls):
+        """The defaults of the settings that are numbers, by name."""
+        defaults = {name: getattr(cls, name) for name in cls.__dataclass_fields__}
+        return {name: value for name, value in defaults.items() if isinstance(value, (int, float))}
 
     def batch_size_for(self, n_examples):
         """A twentieth of few examples, but 16.
@@ -165,37 +184,12 @@ class Training:
 
 
 @dataclass(frozen=True)
-class UserData:
-    """A user's own data, which take the place of the generated."""
-
-    path: str  # of the file that they were read from; else which data they are
-    text: str = field(repr=False)  # the content of a text or CSV file, or what would stand in one
-    columns: tuple[str, ...] = ()  # as the user named them: text and label, or the values
-    notes: tuple[str, ...] = ()  # on how the file was read
-
-    @cached_property
-    def digest(self):
-        """SHA-256 of the text: a run belongs to the content, wherever the file lies."""
-        return hashlib.sha256(self.text.encode(errors="backslashreplace")).hexdigest()
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """What the configurations of the three tasks share."""
-
-    file: UserData | None = None  # takes the place of the generated data
-    hidden_dim: int = 100
-    n_layers: int = 1
-    dropout: float = 0.2
-    training: Training = Training()
-
-
-@dataclass(frozen=True)
 class ClassifierConfig(TaskConfig):
     """Text classification. What each number of the reviews does: `generate_reviews`."""
 
     n_reviews: int = 5000
-    phrases: tuple[int, int] = (6, 57)  # of three or four words: 131 words on average, at most 200
+    # fewest and most; of three or four words each: 131 words on average, at most 200
+    phrases: tuple = (6, 57)
     reliability: float = 0.8  # how often the writer's last opinion agrees with the label
     concluding_rate: float = 0.1  # share of the reviews that end with that opinion
     own_rate: float = 0.06  # share of the phrases before it that are opinions of the writer
@@ -204,7 +198,9 @@ class ClassifierConfig(TaskConfig):
     vocab_size: int = 5000  # most frequent words of the training split, with <pad> and <unk>
     max_words: int = 200  # of a longer review the end is kept
     embed_dim: int = 50
-    training: Training = Training(epochs=40, batch_size=32, weight_decay=1e-4)
+    epochs: int = 40
+    batch_size: int = 32
+    weight_decay: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -216,7 +212,9 @@ class PredictorConfig(TaskConfig):
     vocab_size: int = 5000  # as the classifier's
     window: int = 10  # words that the model sees before the one it predicts
     embed_dim: int = 50
-    training: Training = Training(epochs=150, batch_size=256, lr_factor=0.3)
+    epochs: int = 150
+    batch_size: int = 256
+    lr_factor: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -224,8 +222,7 @@ class ForecasterConfig(TaskConfig):
     """Time-series forecasting. What each number of the series does: `generate_series`."""
 
     n_steps: int = 24_000
-    # steps, of the fast and of the slow wave
-    periods: tuple[tuple[int, ...], tuple[int, ...]] = ((4, 10), (16, 32))
+    periods: tuple = ((4, 10), (16, 32))  # steps, of the fast and of the slow wave
     switch_rate: float = 0.01  # how often each wave's period changes: every 100 steps on average
     noise: float = 0.25  # standard deviation of the white noise; both waves have amplitude 1
     # steps that the model sees before the one it predicts; of a short series a tenth
@@ -236,25 +233,22 @@ class ForecasterConfig(TaskConfig):
     hidden_dim: int = 32
     n_layers: int = 2
     dropout: float = 0.0
-    training: Training = Training(epochs=100, batch_size=128, updates=40, lr_factor=0.4)
+    updates: int = 40
+    lr_factor: float = 0.4
 
 
 # every number that the results depend on but seed and rate, by task
-Config = Mapping[str, TaskConfig]
-DEFAULT: Config = {
+DEFAULT = {
     "classifier": ClassifierConfig(),
     "predictor": PredictorConfig(),
     "forecaster": ForecasterConfig(),
 }
-BRIEF = Training(epochs=2, updates=1)
-QUICK: Config = {
-    "classifier": ClassifierConfig(n_reviews=200, phrases=(5, 15), training=BRIEF),
-    "predictor": PredictorConfig(n_words=1500, training=BRIEF),
-    "forecaster": ForecasterConfig(n_steps=1100, hidden_dim=16, training=BRIEF),
+BRIEF = {"epochs": 2, "updates": 1}
+QUICK = {
+    "classifier": ClassifierConfig(n_reviews=200, phrases=(5, 15), **BRIEF),
+    "predictor": PredictorConfig(n_words=1500, **BRIEF),
+    "forecaster": ForecasterConfig(n_steps=1100, hidden_dim=16, **BRIEF),
 }
-DEFAULT_SEEDS = (42, 43, 44)
-# the middle three are the grid of --tune, the others are tried where the best is at its edge
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 # ======================================================================================
 # Datasets
@@ -275,13 +269,11 @@ ALONE = (
 )
 FACE = r"[:;=]-?[()]|(?<!\w)[:;]-?[dp]\b"
 # a face, letters of any script and digits, apostrophes between them
-WORDS = re.compile(rf"{FACE}|{ALONE}|[\w{MARKS}]+(?:'[\w{MARKS}]+)*")
+WORDS = rf"{FACE}|{ALONE}|[\w{MARKS}]+(?:'[\w{MARKS}]+)*"
 # a word of its own in a corpus
 SENTENCE_END = r"[.!?](?=[\s\"')\]”’»]|$)|[।॥。！？؟۔]"
-WORDS_AND_ENDS = re.compile(rf"{UNK}|{WORDS.pattern}|{SENTENCE_END}")
+WORDS_AND_ENDS = rf"{UNK}|{WORDS}|{SENTENCE_END}"
 MARKUP = rf"<(?!{UNK[1:]})/?[a-z][^<>]*>|\\[nrt]"  # HTML tags; line ends and tabs as escapes
-TRAIN_SHARE = 0.70
-VALIDATION_SHARE = 0.15  # the rest is the test split
 MOST_WINDOWS = 50_000  # beyond these, what is evaluated and what baselines learn from is thinned
 CPU = torch.device("cpu")
 
@@ -305,26 +297,21 @@ class SequenceDataset(Dataset):
         self.inputs = inputs
         self.targets = targets
         if lengths is None:
-            lengths = torch.tensor(inputs.shape[1]).expand(len(inputs))
+            lengths = torch.full([len(inputs)], inputs.shape[1])
         self.lengths = lengths
 
     def __len__(self):
         return len(self.inputs)
 
     def batch(self, rows):
-        """Inputs and targets of these examples, cut to the longest of them."""
-        rows = torch.as_tensor(rows)
-        longest = int(self.lengths[rows].max())
+        """Inputs and targets of these examples, or of one, cut to the longest of them."""
+        longest = self.lengths[rows].max()
         device = self.inputs.device  # not waited for; MPS was reported to corrupt data then
-        rows = rows.to(device, non_blocking=device.type != "mps")
+        rows = torch.as_tensor(rows).to(device, non_blocking=device.type != "mps")
         return self.inputs[rows, :longest], self.targets[rows]
 
-    def __getitems__(self, rows):  # what a DataLoader calls
+    def __getitem__(self, rows):  # what a DataLoader calls
         return self.batch(rows)
-
-    def __getitem__(self, row):
-        inputs, targets = self.batch([row])
-        return inputs[0], targets[0]
 
 
 class ReviewDataset(SequenceDataset):
@@ -350,8 +337,8 @@ class CorpusDataset(SequenceDataset):
 
 
 def centred(windows):
-    """Windows (B, T, 1) without their means."""
-    return windows - windows.mean(dim=1, keepdim=True)
+    """Windows (B, T, 1), or one (T, 1), without their means."""
+    return windows - windows.mean(dim=-2, keepdim=True)
 
 
 class SeriesDataset(SequenceDataset):
@@ -364,41 +351,31 @@ class SeriesDataset(SequenceDataset):
     """
 
     def __init__(self, values, window, stride=1, device=CPU):
-        series = torch.as_tensor(values, dtype=torch.float32, device=device)
-        rows = series.unfold(0, window + 1, stride)  # (N, T + 1)
+        self.series = torch.as_tensor(values, dtype=torch.float32, device=device)
+        rows = self.series.unfold(0, window + 1, stride)  # (N, T + 1)
         super().__init__(rows[:, :-1, None], rows[:, -1:])
 
     def batch(self, rows):
         windows, targets = super().batch(rows)
-        return centred(windows), targets - windows[:, -1]
+        return centred(windows), targets - windows[..., -1, :]
 
 
-class LengthBuckets(Sampler):
-    """Shuffled batches of examples of similar length, so that little time goes into padding.
+def length_buckets(lengths, batch_size, rng, least=1):
+    """An epoch: shuffled batches of examples of similar length, so that little time goes into
+    padding.
 
     In every pass the examples are shuffled, sorted by length within pools of 32 batches, and
     cut into batches, which are shuffled again. With equal lengths this is plain shuffling. There
-    are as many passes as give `least` batches or more.
+    are as many passes as give `least` batches or more. Returns a list of arrays of rows.
     """
-
-    def __init__(self, lengths, batch_size, rng, least=1):
-        self.lengths = lengths.numpy()
-        self.batch_size = batch_size
-        self.rng = rng
-        self.batches_a_pass = math.ceil(len(lengths) / batch_size)
-        self.passes = math.ceil(least / self.batches_a_pass)
-
-    def __len__(self):
-        return self.passes * self.batches_a_pass
-
-    def __iter__(self):
-        pools = np.arange(len(self.lengths)) // (32 * self.batch_size)
-        for _ in range(self.passes):
-            order = self.rng.permutation(len(self.lengths))
-            order = order[np.lexsort((self.lengths[order], pools))]  # by pool, then by length
-            batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
-            for i in self.rng.permutation(len(batches)):
-                yield batches[i]
+    pools = np.arange(len(lengths)) // (32 * batch_size)
+    epoch = []
+    while len(epoch) < least:
+        order = rng.permutation(len(lengths))
+        order = order[np.lexsort((lengths[order], pools))]  # by pool, then by length
+        batches = np.split(order, range(batch_size, len(order), batch_size))
+        epoch += [batches[i] for i in rng.permutation(len(batches))]
+    return epoch
 
 
 def fit_vocabulary(words, size):
@@ -418,17 +395,19 @@ def tokenize(text, pattern):
     """Lower-case words, those that `pattern` finds; interned, so that each is held once."""
     text = html.unescape(unicodedata.normalize("NFC", text)).lower().replace("’", "'")
     text = re.sub(MARKUP, " ", text)
-    if not text.isascii():  # saves time
-        text = re.sub(ALONE, r" \g<0> ", text)
-    return [sys.intern(word) for word in pattern.findall(text)]
+    text = re.sub(ALONE, r" \g<0> ", text)
+    return [sys.intern(word) for word in re.findall(pattern, text)]
 
 
 def three_parts(n, least, what):
-    """Contiguous train, validation and test slices of n items; InputError below `least`."""
+    """Contiguous train (70 %), validation and test slices (15 %) of n items.
+
+    Raises InputError if there are fewer than `least`.
+    """
     if n < least:
         raise InputError(f"{n:,} {what}; three splits need {least:,} or more")
-    first = int(n * TRAIN_SHARE)
-    second = int(n * (TRAIN_SHARE + VALIDATION_SHARE))
+    first = int(0.70 * n)
+    second = int(0.85 * n)
     return slice(0, first), slice(first, second), slice(second, n)
 
 
@@ -446,8 +425,6 @@ ASPECTS = """plot acting script music camera pacing ending dialogue cast score e
     drama lighting costume""".split()
 OTHERS = "critics friends viewers neighbours".split()
 JUDGED = "called found thought considered".split()
-OTHERS_FOLLOW = "opinions of others follow"
-ASIDES_FOLLOW = "asides alone follow"
 CONJUNCTIONS = "while as when because and then but until where after".split()
 VERBS = """waits returns sings leaves dreams runs hides wins falls listens smiles drives fights
     dances writes travels""".split()
@@ -468,18 +445,6 @@ NAME_TAILS = """acre bank beck berg bourne bridge brook burn bury by church clif
     tree vale view ville wall ward water way well wick wold worth yard""".split()
 
 
-@dataclass(frozen=True)
-class Reviews:
-    """Labelled texts and, where they were generated, what decides in each."""
-
-    texts: Sequence[str]
-    labels: np.ndarray  # (N,): 0 to K - 1
-    names: Sequence[str] = ("negative", "positive")  # of the K labels
-    # a row per text: `favourable`, whether the opinion that counts is; `other_word`, which in place
-    # of its last word turns it round; `distance`, the words after it; `role`, who speaks after it
-    known: DataFrame | None = None
-
-
 def generate_reviews(config, rng):
     """Synthetic reviews by writers who change their minds: only the writer's own last opinion
     counts.
@@ -497,15 +462,14 @@ def generate_reviews(config, rng):
     """
     n_reviews = config.n_reviews
     least, most = config.phrases
-    labels = rng.permutation(np.arange(n_reviews) % 2)
+    is_positive = rng.permutation(n_reviews) % 2 == 1
     n_phrases = np.where(
         rng.random(n_reviews) < 0.25,
         rng.integers(least, least + 9, n_reviews),  # short reviews
         rng.integers(most - 10, most + 1, n_reviews),
     )
-    n = n_phrases.sum()
-    owner = np.repeat(np.arange(n_reviews), n_phrases)  # (n,): the review of each phrase
     ends = n_phrases.cumsum()
+    n = ends[-1]  # phrases of all reviews
 
     def draw(words):  # one for each phrase; as objects they can be joined by +
         return rng.choice(words, n).astype(object)
@@ -513,30 +477,27 @@ def generate_reviews(config, rng):
     # the place of the opinion that counts; counted from the end, 1 is the last phrase
     back = (n_phrases ** rng.random(n_reviews)).astype(int)
     last = ends - np.where(rng.random(n_reviews) < config.concluding_rate, 1, back)
-    is_own = (rng.random(n) < config.own_rate) & (np.arange(n) < last[owner])
+    is_own = (rng.random(n) < config.own_rate) & (np.arange(n) < np.repeat(last, n_phrases))
     is_own[last] = True
     is_opinion = is_own | (rng.random(n) < config.others_rate)
 
     # an opinion for each phrase: random, but for those that count
     favourable = rng.random(n) < 0.5
-    favourable[last] = (rng.random(n_reviews) < config.reliability) == (labels == 1)
+    favourable[last] = (rng.random(n_reviews) < config.reliability) == is_positive
     speakers = np.where(is_own, "I", draw(OTHERS))
     opinions = speakers + " " + draw(JUDGED) + " " + draw(ASPECTS) + " "
     praise = draw(POSITIVE)
     blame = draw(NEGATIVE)
-    opinions = opinions + np.where(favourable, praise, blame)
+    opinions += np.where(favourable, praise, blame)
 
     # an aside for each phrase
     is_named = rng.random(n) < config.name_rate
-    shape = (len(NAME_TAILS), len(NAME_MIDDLES), len(NAME_HEADS))
+    parts = product(NAME_TAILS, NAME_MIDDLES, NAME_HEADS)
+    names = [head + middle + tail for tail, middle, head in parts]
     # a log-uniform rank is Zipf-distributed
-    rank = (math.prod(shape) ** rng.random(n)).astype(int) - 1
-    # a prime: neighbours in rank do not look alike
-    parts = np.unravel_index(rank * 7919 % math.prod(shape), shape)
-    surnames = [
-        NAME_HEADS[head] + NAME_MIDDLES[middle] + NAME_TAILS[tail]
-        for tail, middle, head in zip(*parts)
-    ]
+    rank = (len(names) ** rng.random(n)).astype(int) - 1
+    # by a prime: neighbours in rank do not look alike
+    surnames = np.take(names, rank * 7919 % len(names))
     characters = np.where(is_named, surnames, draw(CHARACTERS))
     asides = draw(CONJUNCTIONS) + " " + characters + " " + draw(VERBS)
 
@@ -547,19 +508,17 @@ def generate_reviews(config, rng):
     text = "".join(np.where(is_opinion, opinions, asides) + marks)
     text = re.sub(r"(?m)(^|\. )\w", lambda start: start[0].upper(), text)
 
-    # what is known: the last word of the opinion that counts decides
+    # the last word of the opinion that counts decides
     words = np.where(is_opinion, 4, 3).cumsum()
-    opinions_before = is_opinion.cumsum()
-    others_follow = opinions_before[ends - 1] > opinions_before[last]
-    known = DataFrame(
+    return DataFrame(
         {
+            "text": text.splitlines(),
+            "label": np.where(is_positive, "positive", "negative"),
             "favourable": favourable[last],
             "other_word": np.where(favourable, blame, praise)[last],
             "distance": words[ends - 1] - words[last],
-            "role": np.where(others_follow, OTHERS_FOLLOW, ASIDES_FOLLOW),
         }
     )
-    return Reviews(text.splitlines(), labels, known=known)
 
 
 # --- corpus ---------------------------------------------------------------------------
@@ -615,7 +574,7 @@ class Subject(NamedTuple):
 def favourite_first(words, rank):
     """`words` with the one at place `rank`, counted round and round, in front."""
     favourite = words[rank % len(words)]
-    return [favourite, *(word for word in words if word != favourite)]
+    return sorted(words, key=lambda word: word != favourite)
 
 
 def corpus_subjects():
@@ -657,7 +616,7 @@ def generate_corpus(config, rng):
 
     A row per word: `word`; given the full state of the grammar, the `likeliest` word, its
     `probability` and the `entropy` (nats); and of an object, or of a verb where no phrase could
-    have come instead, `role` and `distance`, the words back to its subject. With `other_subject`
+    have come instead, `distance`, the words back to its subject. With `other_subject`
     in its place `other_word` would be the favourite, more probable by `effect`.
     """
     rate = config.favourite_rate
@@ -679,10 +638,9 @@ def generate_corpus(config, rng):
         return word
 
     # the word last drawn follows a subject, in place of which another could stand
-    def mark(role, subject_at, other, other_words):
+    def mark(subject_at, other, other_words):
         rows[-1].update(
-            role=role,
-            distance=len(rows) - 1 - subject_at,
+            distance=len(rows) - subject_at,
             other_subject=other,
             other_word=other_words[0],
             effect=rate - (1 - rate) / (len(other_words) - 1),
@@ -691,7 +649,7 @@ def generate_corpus(config, rng):
     while len(rows) < config.n_words:
         draw({"the": 1.0})
         subject = subjects[draw(even(subjects))]
-        subject_at = len(rows) - 1
+        subject_at = len(rows)
         intruders = [noun for noun, other in subjects.items() if other.area != subject.area]
         # up to two phrases, or one adverb, come between subject and verb
         word = ""
@@ -710,10 +668,10 @@ def generate_corpus(config, rng):
                 draw(even(intruders))
                 phrases += 1
         if verb_share == 1:  # else the likeliest word may be a preposition, whatever is remembered
-            mark("verb", subject_at, subject.other, subjects[subject.other].verbs)
+            mark(subject_at, subject.other, subjects[subject.other].verbs)
         draw({"the": 1.0})
         draw(peaked(subject.objects, rate))
-        mark("object", subject_at, subject.other, subjects[subject.other].objects)
+        mark(subject_at, subject.other, subjects[subject.other].objects)
         if draw({".": 0.6, **even(TAILS, 0.4)}) != ".":
             draw({".": 1.0})
     return DataFrame(rows)
@@ -750,10 +708,10 @@ def generate_series(config, rng):
     (fast, fast_switches), (slow, slow_switches) = (
         generate_wave(periods, config.switch_rate, n, rng) for periods in config.periods
     )
-    values = fast + slow + rng.normal(0, config.noise, n)
-    steps = np.arange(n)
-    last_switch = np.maximum.accumulate(np.where(fast_switches | slow_switches, steps, 0))
-    return DataFrame({"value": values, "distance": steps - last_switch})
+    series = DataFrame({"value": fast + slow + rng.normal(0, config.noise, n)})
+    n_switches = (fast_switches | slow_switches).cumsum()  # up to each step
+    series["distance"] = series.groupby(n_switches).cumcount()
+    return series
 
 
 @torch.no_grad()
@@ -768,10 +726,11 @@ def best_forecasts(windows, config):
     moves = []  # of each wave, whose states are its periods and phases: P(next state | state)
     for periods in config.periods:
         n = math.lcm(*periods)
-        waves.append(torch.sin(2 * math.pi * torch.arange(n) / n).repeat(len(periods)))
+        k = len(periods)
+        waves.append(torch.sin(2 * math.pi * torch.arange(n) / n).repeat(k))
         # the period may switch, and the phase goes on
-        stays = torch.eye(len(periods)) == 1
-        switch = torch.where(stays, 1 - config.switch_rate, config.switch_rate / (len(periods) - 1))
+        switch = torch.full((k, k), config.switch_rate / (k - 1))
+        switch.fill_diagonal_(1 - config.switch_rate)
         shifts = [torch.eye(n).roll(n // period, dims=1) for period in periods]
         moves.append(torch.kron(switch, torch.eye(n)) @ torch.block_diag(*shifts))
     value = waves[0][:, None] + waves[1]  # (P, Q): of each fast and each slow state
@@ -790,634 +749,214 @@ def best_forecasts(windows, config):
 # ======================================================================================
 # Your own data
 # ======================================================================================
+# Each way in leads to one table: reviews to `text` and `label`, a corpus to `line`, a series to
+# `value`. Rows are numbered as in a spreadsheet; data from Python count from 0. `notes` is a list
+# of sentences on what may mislead, to which the functions append.
 
-TEXT_COLUMNS = ("text", "review", "sentence", "comment")  # the usual names, in lower case
-LABEL_COLUMNS = ("label", "sentiment", "class", "rating", "stars")
-MISSING = ("", "na", "nan", "null", "none")  # cells without a value, in lower case
-SEPARATORS = {";": "semicolons", "\t": "tabs", ",": "commas"}
-MOST_BYTES = 500_000_000  # of a text, unpacked
-CALENDAR = {"year": "", "month": "-", "day": "-", "hour": " ", "minute": ":"}  # with what is ahead
-NUMBER_AHEAD = r"\W*\d++(?![^\W\d_e])"  # a cell that begins with a number
+TEXT_COLUMNS = "text review sentence comment".split()  # the usual names, in lower case
+LABEL_COLUMNS = "label sentiment class rating stars".split()
+TIME_COLUMNS = "date time datetime timestamp year month week day hour".split()
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+TIME = r"\d[-/:]\d|\d\.\d+\.|^\d{8}$"  # is in what may be a time
 
 
-def read_text(path):
-    """The text of a file, or of standard input for "-", and notes on it; raises InputError.
-
-    It is unpacked if the name ends in .gz. It is UTF-8, or UTF-16 with its mark; what is neither is
-    taken for Windows-1252.
-    """
+def read_text(path, notes):
+    """The text of a file, unpacked if its name ends in .gz; raises InputError."""
     try:
-        if Path(path).is_char_device():
-            raise InputError(f"{path}: a device, not a file")
-        with open(os.dup(0) if path == "-" else path, "rb") as file:  # noqa: PTH123
-            packed = str(path).lower().endswith(".gz")
-            content = (gzip.GzipFile(fileobj=file) if packed else file).read(MOST_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({why})") from error
-    if len(content) > MOST_BYTES:
-        raise InputError(f"{path}: more than {MOST_BYTES:,} bytes of text; take a part of it")
-    notes = []
+        content = Path(path).read_bytes()
+        if str(path).endswith(".gz"):
+            content = gzip.decompress(content)
+    except Exception as error:  # a damaged file can make gzip stumble over this and that
+        raise InputError(f"cannot be read: {error}") from error
     try:
-        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
-        notes.append(
-            f"not UTF-8 (byte {error.start:,}), so it was read as Windows-1252; if words look "
-            "wrong, save it as UTF-8"
-        )
-    if "\0" in text or "\ufffd" in text[:100_000]:
-        raise InputError(f"{path}: not a text file; save it as plain text or CSV, in UTF-8")
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty")
-    return text, notes
+        notes.append("not UTF-8: read as Windows-1252; if words look wrong, save it as UTF-8")
+    if "\0" in text:
+        raise InputError(f"{path}: no text; save it as plain text or CSV, in UTF-8")
+    return text
 
 
-def some(values):
-    """At most ten of the values, for a message."""
-    shown = [str(value) for value in values]
-    more = f", ... ({len(shown)} in all)" if len(shown) > 10 else ""
-    return ", ".join(shown[:10]) + more
-
-
-def split_rows(text, separator, quoting=csv.QUOTE_MINIMAL, strict=False):
-    """The rows of a CSV text as lists of cells, how many cells most rows have, what share they are.
-
-    Empty rows are not counted.
-    """
-    csv.field_size_limit(MOST_BYTES)  # a review may be long
-    lines = io.StringIO(text, newline="")
-    rows = list(csv.reader(lines, delimiter=separator, quoting=quoting, strict=strict))
-    widths = Counter(len(row) for row in rows if row)
-    width, count = widths.most_common(1)[0]
-    return rows, width, count / widths.total()
-
-
-def find_separator(text):
-    """The separator that gives most of the first rows the same number of cells, two or more."""
-    sample = text[:100_000]
-    # "1,5" may be one number
-    sample = re.sub(r"(?m)^ ?[-+]?\d+,\d+\r?$", "", sample).strip() or sample
-
-    def evenness(separator):
-        _, width, share = split_rows(sample, separator)
-        return width > 1, share
-
-    return max(SEPARATORS, key=evenness)
-
-
-def split_header(table, names):
-    """Header and rows of a table; without a header the columns are called 1, 2, 3.
-
-    The first row is the header if no cell of it begins with a number or stands below it again, as
-    labels do. If some cells do, it still is one if another is among `names`, or the first is empty.
-    """
-    header = table.iloc[0]
-    rows = table.iloc[1:]
-    recurs = (rows == header).any() & (header != "")
-    is_data = recurs | header.str.match(NUMBER_AHEAD)
-    named = header.str.lower().isin([name.lower() for name in names if name]) & ~recurs
-    is_named = named.any() or header[0] == ""
-    if is_data.all() or (is_data.any() and not is_named):
-        return [str(i) for i in range(1, len(header) + 1)], table
-    return header.tolist(), rows
-
-
-def read_table(text, names):
-    """Header and rows of a CSV text, all strings; its separator; notes. Raises InputError.
-
-    Rows are numbered as in a spreadsheet. Comments and titles above the table are left out.
-    `names`: see `split_header`.
-    """
-    separator = find_separator(text)
-    readings = [split_rows(text, separator, csv.QUOTE_NONE)]
-    if '"' in text:  # quotation marks are text if rows are as even without them, and more
-        with suppress(csv.Error):
-            readings.insert(0, split_rows(text, separator, strict=True))
-    rows, width, _ = max(readings, key=lambda reading: (reading[2], len(reading[0])))
-
-    def is_title(row):
-        is_alone = width > 1 and not any(row[1:]) and len(row) != 2  # "date," is a header
-        return not row or row[0].startswith(("#", "sep=")) or is_alone
-
-    first = next((i for i, row in enumerate(rows) if not is_title(row)), 0)
-    while len(rows) > 1 and not "".join(rows[-1]).strip():  # spreadsheets add rows of nothing
-        rows.pop()
-    above = rows[first - 1] if first else []
-    if len(above) == width > 1 and re.match(r"\W*\d", rows[first][0]):
-        first -= 1  # a header behind a comment sign
-        rows[first][0] = above[0].lstrip("# ")
-    if len(rows[first]) == width - 1 > 0:
-        rows[first].insert(0, "")  # R gives the names of the rows no header
-    titles = [" ".join(row)[:60].strip() for row in rows[:first] if row]
-    notes = [f"above the table, left out: {some(titles)}"] if titles else []
-    cells = []
-    for number, row in enumerate(rows[first:], start=first + 1):
-        if any(row[width:]):
-            raise InputError(
-                f"not a table of {SEPARATORS[separator]}: row {number} has {len(row)} cells, most "
-                f"have {width}; a cell that holds a separator goes into quotation marks"
-            )
-        filled = row[:width] + [""] * (width - len(row))
-        cells.append([cell.strip() for cell in filled])
-    table = DataFrame(cells, index=range(first + 1, len(rows) + 1), dtype=object)
-    return *split_header(table, names), separator, notes
-
-
-def find_column(header, named, usual, option):
-    """The place of the column that the user named, or of the one with a usual name; InputError.
-
-    It may be named by its place, from 1, where no column is called so.
-    """
-    if named:
-        found = [i for i, name in enumerate(header) if name == named]
-        if not found and named.isdecimal() and 0 < int(named) <= len(header):
-            return int(named) - 1
-    else:
-        found = [i for i, name in enumerate(header) if name.lower() in usual]
-    if len(found) == 1:
-        return found[0]
-    problem = f"there is no column {named or usual[0]!r}"
-    if found:
-        places = [f"{header[i]} (column {i + 1})" for i in found]
-        problem = f"{len(found)} columns, {some(places)}, may be meant"
-    raise InputError(
-        f"{problem}; its columns are {some(header)}; name one, or its place, with --{option}-column"
+def parse_table(text):
+    """A CSV text as a table of strings, and its separator; raises InputError."""
+    text = re.sub(r"(\r?\n[\t ;,]*)*\Z", "\n", text, count=1)  # spreadsheets add rows of nothing
+    body = re.sub(r"\A(?:#.*\n)+(?=.)", "", text)  # comments above the header
+    header, *lines = body.splitlines()
+    separator = next((mark for mark in "\t;" if mark in header), ",")
+    if all(line.endswith(separator) for line in lines):
+        body = re.sub(r"\r?\n", f"{separator}\n", body, count=1)
+    if re.fullmatch(NUMBER, header):  # one column may do without a header
+        body = f"value\n{body}"
+    above = text.count("\n") - body.count("\n")  # lines above the header
+    reader = csv.reader(
+        io.StringIO(body),
+        delimiter=separator,
+        quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
+        skipinitialspace=True,
+        strict=True,
     )
-
-
-def read_reviews(text, text_column="", label_column=""):
-    """The reviews of a CSV text with a column of texts and one of two or more labels, and notes;
-    raises InputError.
-
-    Of two labels the second counts as positive, in alphabetical or numerical order.
-    """
-    names = (*TEXT_COLUMNS, *LABEL_COLUMNS, text_column, label_column)
-    header, rows, _, notes = read_table(text, names)
-    rows = rows[(rows != "").any(axis=1)]
-    if header == ["1", "2"] and not text_column:  # the labels are those that recur
-        label_column = header[int(rows.nunique().idxmin())]
-        text_column = header[2 - int(label_column)]
-        notes.append(f"no header: column {label_column} was taken for the labels")
-    texts = rows[find_column(header, text_column, TEXT_COLUMNS, "text")]
-    label_place = find_column(header, label_column, LABEL_COLUMNS, "label")
-    labels = rows[label_place]
-    empty = labels.index[labels.str.lower().isin(MISSING)]
-    if len(empty):
-        raise InputError(f"row {empty[0]} holds no label")
-    numbers = pd.to_numeric(labels, errors="coerce")
-    if (numbers.abs() < 1e15).all():
-        labels = numbers.map("{:.15g}".format)  # 1.0 is 1
-        names = sorted(set(labels), key=float)
-    else:
-        if labels.str.lower().nunique() < labels.nunique():
-            labels = labels.str.lower()  # Positive is positive
-        names = sorted(set(labels))
-    if not 2 <= len(names) <= 20:
+    rows = []
+    try:
+        for row in reader:
+            if rows and len(row) > len(rows[0]):
+                raise csv.Error(f"{len(row)} cells, where the header has {len(rows[0])}")
+            rows.append(row)
+    except csv.Error as error:
         raise InputError(
-            f"the column {header[label_place]!r} holds {len(names)} different values "
-            f"({some(map(repr, names))}); two to 20 labels are needed"
-        )
-    rare = labels.value_counts().loc[lambda counts: counts < 8]
-    if len(rare):
-        notes.append(f"labels with fewer than 8 reviews, too few to be tested: {some(rare.index)}")
-    return Reviews(texts.tolist(), labels.map(names.index).to_numpy(dtype=int), names), notes
+            f"row {above + len(rows) + 1}: {error}; put a cell that holds a separator into "
+            "quotation marks, write those within it twice; the names of the columns stand in row 1"
+        ) from error
+    filled = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
+    table = DataFrame(filled).map(str.strip)
+    table.index += above + 1
+    return table.iloc[1:].set_axis(rows[0], axis=1), separator
 
 
-def read_numbers(cells, separator):
-    """The numbers in a column of strings, nan where there is none, and notes; raises InputError.
+def table_from_python(option, given):
+    """Data from Python, or lines, as a table; raises what pandas and NumPy raise."""
+    if option == "corpus":
+        given = {"line": list(given)}
+    elif option == "reviews" and isinstance(given, tuple):
+        texts, labels = given
+        given = {"text": list(texts), "label": np.ravel(labels)}
+    table = DataFrame(given).rename(columns=str)
+    return table.reset_index(drop=not hasattr(table.index, "year"))  # an index of times counts
 
-    They are written as 1,234.5 or as 1.234,5 or as 1 234.5, with a currency or per cent sign or
-    without: in the way in which most cells can be read.
-    """
-    around = r"^([-+]?)[$€£¥₹]\s*|\s*[$€£¥₹%]$|(?<=\d)[\s'’](?=\d{3}(?!\d))"
-    plain = cells.str.replace("\u2212", "-").str.replace(around, r"\1", regex=True)
-    # the last group has three digits, in India the others have two
-    grouped = r"[-+]?[1-9]\d{0,2}(?:,\d\d\d?)*,\d{3}(?:\.\d*)?"
-    readings = []
-    for written in (plain, plain.str.translate(str.maketrans(",.", ".,"))):
-        ungrouped = written.mask(written.str.fullmatch(grouped), written.str.replace(",", ""))
-        readings.append(pd.to_numeric(ungrouped, errors="coerce"))
-    decimal = "."
-    if separator == ";":
-        decimal = ","
-        readings.reverse()
-    usual, other = readings
-    differs = usual.notna() & (usual != other)
-    if usual.count() != other.count() or not differs.any():
-        return max(readings, key=Series.count), []
-    # all that has a sign has three digits behind it: groups, or decimals?
-    cell = plain[differs].iloc[0]
-    if decimal in cell:
-        return usual, []
-    number = f"{usual[differs].iloc[0]:.15g}"
-    whole = usual[usual.notna() & ~differs]
-    if whole.empty or whole.abs().max() >= 1000:
+
+def find_column(table, named, usual, option):
+    """The name of the column that the user named, or that has a usual name; raises InputError."""
+    found = [name for name in table if (name == named if named else name.lower() in usual)]
+    if len(found) != 1:
         raise InputError(
-            f"{cell!r} may be {number} or {other[differs].iloc[0]:.15g}; "
-            "write it without a sign between thousands, and with a point before decimals"
+            f"{len(found)} columns for {option} ({named or ', '.join(usual) or 'plain numbers'}) among "
+            f"{', '.join(table)}: name one with --{option}-column; their names stand in row 1"
         )
-    return usual, [f"{cell!r} and the like were read as {number}"]
+    return found[0]
 
 
-def time_columns(table, header):
-    """The columns that hold the times of the rows, in the order in which a time is written.
+def read_reviews(table, text_column="", label_column=""):
+    """Reviews: texts, and labels in words; raises InputError."""
+    texts = table[find_column(table, text_column, TEXT_COLUMNS, "text")]
+    labels = table[find_column(table, label_column, LABEL_COLUMNS, "label")]
+    for row in labels.index[labels.isna() | (labels == "")]:
+        raise InputError(f"row {row} holds no label")
+    words = labels.astype(str).str.removesuffix(".0")  # 1.0 is 1
+    if not 2 <= words.nunique() <= 20:
+        raise InputError(f"{words.nunique()} labels in {labels.name!r}; 2 to 20 are needed")
+    return DataFrame({"text": texts, "label": words})
 
-    These are the first column of dates, or those that are called as in `CALENDAR`, or years,
-    20240131 or Unix seconds in the first column; and one of clock times.
+
+def as_numbers(cells, separator):
+    """The numbers in a column, nan where a cell holds none: 1234.5; among semicolons 1234,5.
+
+    Among semicolons 1.029 beside 997 may mean two things, and is no number.
     """
-    sample = table.head(1000)
-
-    def those_of(pattern):
-        return [i for i in table if sample[i].str.contains(pattern).mean() > 0.9]
-
-    year = r"(?<!\d)(?:19|20)\d\d(?!\d)"
-    day = r"\d[-/.]\d+[-/.]\d|\d[-/. ][A-Za-z]{3}[-/. ]\d\d$"
-    dates = those_of(rf"^(?!-?\d+[.,]?\d*$).*(?:{year}|{day})")[:1]
-    clocks = [i for i in those_of(r"^\d\d?:\d\d|^\d\d\.\d\d\.\d\d$") if i not in dates]
-    places = {header[i].lower(): i for i in table}
-    if not dates and "year" in places:
-        dates = [places[part] for part in CALENDAR if part in places]
-    if not dates:  # elsewhere plain numbers are values
-        numbers = those_of(r"^(?:1[5-9]|20)\d\d(?:\d{4})?$|^1\d{9}(?:\d{3})?$")
-        dates = [i for i in table.columns[:1] if i in numbers]
-    return dates + clocks[:1]
+    plain = cells.astype(str)
+    whole = plain.str.fullmatch(r"[-+\d,]+")
+    decimal = plain.str.contains(r"\.(?!\d{3}\b)")
+    if separator == ";" and whole.any() and not decimal.any():
+        plain = plain.str.translate(str.maketrans(",.", ".,"))
+    return pd.to_numeric(plain, errors="coerce")
 
 
-def read_times(cells):
-    """The times in a column of strings, without those that cannot be read."""
-    if cells.str.fullmatch(r"\d{10,13}").all():
-        seconds = cells.astype(float)
-        return pd.to_datetime(seconds, unit="s" if seconds.max() < 1e11 else "ms")
-    readings = []
-    for day_first in (False, True):  # 13/02 is what it must be
-        with warnings.catch_warnings(action="ignore"):
-            times = pd.to_datetime(cells, errors="coerce", utc=True, dayfirst=day_first)
-        readings.append(times.dt.tz_localize(None).dropna())
-    # right is the one in which most can be read; of two, the one with the more even steps
-    return min(readings, key=lambda times: (len(times) < 0.9 * len(cells), times.diff().std()))
+def time_steps(cells):
+    """The seconds from each time in a column to the next, nan where a cell holds none."""
+    with warnings.catch_warnings(action="ignore"):
+        readings = [
+            pd.to_datetime(cells.astype(str), errors="coerce", utc=True, dayfirst=day_first).diff()
+            for day_first in (False, True)
+        ]
+    steps = min(readings, key=lambda steps: (steps.isna().sum(), steps.std()))  # 13/02 is in 02
+    return steps.dt.total_seconds()
 
 
-def check_times(times):
-    """Notes on the times of a series, its gaps; raises InputError unless all rise."""
-    steps = times.diff().dt.total_seconds().iloc[1:]
-    back = steps.index[steps <= 0]
-    notes = []
-    if len(back):
-        row = back[0]
-        # the same hour twice in autumn is no fault
-        is_hour = steps.min() > -3601 and steps.median() <= 3600
-        if not is_hour or len(back) > times.dt.year.nunique():
-            raise InputError(
-                f"row {row}: {times[row]} is not later than the row before it. If there are "
-                "several series in the column, keep one; else put the rows in order of time"
-            )
-        notes.append(f"the times go back at row {row}, by an hour or less: a change of the clock?")
-    gaps = steps.index[steps > 1.5 * steps.quantile(0.9)]  # months differ, and weekends are usual
-    if len(gaps):
-        wait = pd.Timedelta(seconds=steps[gaps[0]])
-        notes.append(
-            f"gaps in time ({len(gaps)}), the first of {wait} before row {gaps[0]}: a model does "
-            "not see them, for it counts rows"
+def order_in_time(values, others, separator, notes):
+    """The values, the oldest first: turned round if a column beside them falls in every row."""
+    for name, cells in others.items():
+        looks_so = re.search(TIME, str(cells.iloc[0]))
+        steps = time_steps(cells) if looks_so else as_numbers(cells, separator).diff()
+        if (steps.iloc[1:] < 0).all():
+            notes.append(f"the newest value came first by {name!r}: the series was turned round")
+            return values[::-1]
+        if cells.nunique() > 1 and (looks_so or name.lower() in TIME_COLUMNS):
+            for row in steps.index[~(steps > 0)][1:2]:  # the first row has no step
+                notes.append(
+                    f"{name!r} does not rise, or cannot be read as a time, at row {row} "
+                    f"({cells[row]!r}): is it one series, the oldest value first?"
+                )
+            if steps.max() > 1.5 * steps.quantile(0.9):  # months differ in length
+                notes.append(f"gaps in {name!r}, the longest before row {steps.idxmax()}")
+    return values
+
+
+def read_series(table, separator, column, notes):
+    """The values of a column, in order of time; raises InputError.
+
+    Without a name it is the only one of numbers that is no time and goes not by equal steps.
+    """
+    usual = []
+    numbers = table.apply(as_numbers, separator=separator)
+    for name, values in numbers.items():
+        is_time = values.diff().nunique() < 2 or name.lower() in TIME_COLUMNS
+        is_row = separator and re.fullmatch(NUMBER, name)  # in a file without a header
+        if values.count() > len(values) / 2 and not is_time and not is_row:
+            usual.append(name.lower())
+    name = find_column(table, column, usual, "series")
+    first = numbers[name].first_valid_index()
+    if first != table.index[0]:
+        notes.append(f"the rows above row {first} hold no number and were left out")
+    table = table.loc[first:]
+    values = numbers.loc[first:, name]
+    for row in values.index[~np.isfinite(values)]:
+        raise InputError(
+            f"row {row} holds '{table[name][row]}' in the column {name!r}: a number such as 1234.5 "
+            "is needed, without a sign for thousands, currency or per cent"
         )
-    return notes
-
-
-def check_codes(values):
-    """Raise InputError where an extreme value looks like a code for a missing one, as -999."""
-    if len(set(values)) < 10:
-        return
-    for code in (values.min(), values.max()):
+    for code in values.agg(["min", "max"]):
         others = values[values != code]
-        low = others.min()
-        high = others.max()
-        distance = np.abs(others - code).min()
         count = len(values) - len(others)
-        is_only_negative = code < 0 <= low and distance > 0.1 * (high - low)
-        is_usual = set(f"{code:g}") <= set("-9.")  # once is enough of -9999
-        is_far = is_only_negative or distance > 3 * others.std()
-        if is_far and (is_usual or count >= 3):
-            raise InputError(
-                f"{code:g} stands there {count:,} times, far from all other values "
-                f"({low:g} to {high:g}): if it means that a value is missing, put values in"
+        if count > 2 and abs(others - code).min() > 3 * others.std() > 0:
+            notes.append(
+                f"{code:g} stands there {count:,} times, far from the rest: is it missing?"
             )
+    return order_in_time(values, table.drop(columns=name), separator, notes)
 
 
-def read_series(text, column=""):
-    """The values (N,) of a column of a CSV text, in order of time, and notes; raises InputError.
+def read_user_data(option, given, columns):
+    """What was given for `reviews`, `corpus` or `series`, a path or data; raises InputError.
 
-    Without a name it is the only column of which most cells are numbers, but for that of the
-    times. Rows of words below the header are left out.
+    `columns`: the names that the user gave to text and label, or to the series; else "".
     """
-    header, table, separator, notes = read_table(text, [column])
-    if table.empty:
-        raise InputError("no row below the header")
-    # units may stand below the header
-    is_data = table.head(20).apply(lambda cells: cells.str.match(NUMBER_AHEAD)).any(axis=1)
-    first = is_data.idxmax()
-    if first > table.index[0]:
-        notes.append(f"what stands between the header and row {first} was left out")
-        table = table.loc[first:]
-    if len(header) == 1 and table[0].str.contains(r"\S\s+\S").mean() > 0.5:
-        raise InputError("one column of cells with blanks in them; save it with commas")
-
-    # the column of the values
-    number = r"(?!\d\d?\.\d\d?\.)\W*\d[\d.,\s'’]*(?:e[-+]?\d+)?\s*[%$€£¥₹]?"
-    numeric = [i for i in table if table[i].head(1000).str.fullmatch(number).mean() > 0.5]
-    if len(numeric) > 1:
-        of_time = time_columns(table, header)
-        numeric = [i for i in numeric if i not in of_time and header[i].lower() not in CALENDAR]
-    if column:
-        place = find_column(header, column, (), "series")
-    elif len(numeric) == 1:
-        place = numeric[0]
-    else:
-        raise InputError(
-            f"{len(numeric) or 'no'} numeric columns among {some(header)} (separated by "
-            f"{SEPARATORS[separator]}); name one with --series-column"
-        )
-
-    # the values
-    numbers, more = read_numbers(table[place], separator)
-    notes.extend(more)
-    unread = table[place][~np.isfinite(numbers)]
-    if len(unread):
-        cell = unread.iloc[0]
-        found = f"{cell[:40]!r}, which is not a finite number"
-        if cell.lower() in MISSING:
-            found = "no value"
-        raise InputError(f"row {unread.index[0]} holds {found} in the column {header[place]!r}")
-    values = numbers.to_numpy(dtype=float)
-
-    # the times: one text a row, of the columns that tell them
-    others = table.drop(columns=place)
-    columns = time_columns(others, header)
-    if columns:
-        cells = others[columns[0]]
-        for i in columns[1:]:
-            part = others[i].str.zfill(2).str.replace(".", ":")
-            cells = cells + CALENDAR.get(header[i].lower(), " ") + part
-        times = read_times(cells)
-        unread = cells.drop(times.index)
-        if len(unread):
-            row = unread.index[-1]
-            notes.append(f"row {row} holds no time that can be read ({unread[row]!r})")
-        if times.diff().max() < pd.Timedelta(0):
-            times = times[::-1]
-            values = values[::-1]
-            notes.append("the newest values came first; they were turned round")
-        notes.extend(check_times(times))
-    check_codes(values)
-    return values.copy(), notes
-
-
-# ======================================================================================
-# Baselines
-# ======================================================================================
-
-# What baselines, ceilings and models give: a table with a row per test example, and the columns
-# `answer` (an id, or a value in the unit of the targets), `probability` of the answer if there is
-# one, `loss` and `score`, as the task defines them; of a ceiling also `effect`, how far its answer
-# follows a change of what decides.
-Answers = DataFrame
-MAJORITY = "majority class"
-MOST_WEIGHTS = 2_000_000  # of the log-linear model
-MOST_PAIRS = 1_000_000_000  # of windows that nearest neighbours compare
-
-
-def label_answers(logits, labels, first=0):
-    """Who answers with `logits` (N, K) where `labels` (N,) are right: cross-entropy and hits.
-
-    Ids below `first` are no answers.
-    """
-    log_probabilities = torch.as_tensor(logits).log_softmax(dim=1).numpy()
-    answer = log_probabilities[:, first:].argmax(axis=1) + first
-    rows = np.arange(len(labels))
-    return Answers(
-        {
-            "answer": answer,
-            "probability": np.exp(log_probabilities[rows, answer]),
-            "loss": -log_probabilities[rows, labels],
-            "score": (answer == labels).astype(float),
-        }
+    columns = [str(column) for column in columns]  # from Python they may be numbers
+    notes = []
+    separator = ""
+    is_path = isinstance(given, (str, os.PathLike))
+    name = Path(given).name if is_path else option
+    try:
+        if is_path:
+            text = read_text(given, notes)
+            given = text.splitlines()
+        if is_path and option != "corpus":
+            table, separator = parse_table(text)
+        else:
+            table = table_from_python(option, given)
+        if table.empty:
+            raise InputError(f"no rows below row 1: {', '.join(table)}")
+        if option == "series":
+            table = DataFrame({"value": read_series(table, separator, *columns, notes)})
+        elif option == "reviews":
+            table = read_reviews(table, *columns)
+        for row, cell in table.iloc[:, 0].items():
+            if option != "series" and not isinstance(cell, str):
+                raise InputError(f"row {row} holds {cell!r}: it must be a text, a str")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: {error}") from error
+    table = table.reset_index(drop=True)
+    digest = (
+        f"{pd.util.hash_pandas_object(table).sum():016x}"  # with the index, so the order counts
     )
-
-
-@torch.no_grad()
-def word_answers(predict, dataset):
-    """Who answers with `predict(inputs)`, logits (B, V), to the windows of `dataset`."""
-    parts = []
-    for rows in torch.arange(len(dataset)).split(2048):  # all at once would fill the memory
-        inputs, targets = dataset.batch(rows)
-        parts.append(label_answers(predict(inputs), targets.numpy(), first=2))
-    return pd.concat(parts, ignore_index=True)
-
-
-def value_answers(forecasts, test):
-    """Who forecasts (N,) the targets of `test`; the answers count from the windows' last values."""
-    errors = forecasts - test.targets[:, 0].cpu().numpy()
-    relative = forecasts - test.inputs[:, -1, 0].cpu().numpy()
-    return Answers({"answer": relative, "loss": errors**2, "score": np.abs(errors)})
-
-
-def on_cpu(dataset, most=sys.maxsize):
-    """All examples, or about `most` evenly spaced ones, on the CPU."""
-    step = math.ceil(len(dataset) / most)
-    inputs = dataset.inputs[::step].cpu()
-    return SequenceDataset(inputs, dataset.targets[::step].cpu(), dataset.lengths[::step])
-
-
-def word_groups(dataset, n, last, vocab_size):
-    """The groups of `n` neighbouring words among the `last` of each text: their rows, and a number
-    for each.
-    """
-    ids = dataset.inputs.cpu().numpy()
-    width = ids.shape[1] - n + 1
-    groups = sum(ids[:, i : i + width] * vocab_size**i for i in range(n))
-    back = dataset.lengths.numpy()[:, None] - np.arange(n, n + width)  # words after each group
-    rows, places = np.nonzero((back >= 0) & (back < last))
-    return rows, groups[rows, places]
-
-
-def review_baselines(train, validation, test, vocab_size, n_labels):
-    """The majority class; multinomial naive Bayes on words and on pairs of neighbouring words
-    (Manning, Raghavan & Schuetze 2008, ch. 13).
-
-    How many words at the end of a text count, and the temperature by which the log odds are
-    divided (Guo et al. 2017), are those of the lowest loss on `validation`.
-    """
-    labels, known, truth = (
-        part.targets[:, 0].long().cpu().numpy() for part in (train, validation, test)
-    )
-    prior = np.log(np.bincount(labels, minlength=n_labels) + 1)  # (K,)
-    baselines = {MAJORITY: label_answers(np.tile(prior, (len(truth), 1)), truth)}
-    for n, name in ((1, "naive Bayes, words"), (2, "naive Bayes, word pairs")):
-        lowest = math.inf
-        for last in (5, 10, 20, 50, sys.maxsize):
-            rows, groups = word_groups(train, n, last, vocab_size)
-            # one and how often each group occurs under each label
-            counts = 1 + DataFrame(np.eye(n_labels)[labels[rows]]).groupby(groups).sum()
-            weights = np.log(counts / counts.sum())
-            log_odds = []
-            for dataset in (validation, test):
-                rows, groups = word_groups(dataset, n, last, vocab_size)
-                evidence = weights.reindex(groups, fill_value=0.0).groupby(rows).sum()
-                evidence = evidence.reindex(range(len(dataset)), fill_value=0.0).to_numpy()
-                log_odds.append(prior + evidence)
-            for temperature in np.geomspace(0.1, 100, 61):
-                loss = label_answers(log_odds[0] / temperature, known)["loss"].mean()
-                if loss < lowest:
-                    lowest = loss
-                    baselines[name] = label_answers(log_odds[1] / temperature, truth)
-    return baselines
-
-
-def ngram_model(ids, contexts, vocab_size):
-    """Interpolated trigrams that back off by Witten-Bell smoothing (Chen & Goodman 1999, eq. 15).
-
-    Returns a function: context -> P(word | context) of each word (V,). Contexts are tuples of up
-    to two words. Only `contexts` and the shorter ones in them are counted: all those of a long
-    text would fill the memory.
-    """
-    followers = {context[i:]: Counter() for context in contexts for i in range(len(context) + 1)}
-    for n in range(3):
-        for *context, word in zip(*(ids[i:] for i in range(n + 1))):
-            if tuple(context) in followers:
-                followers[tuple(context)][word] += 1
-
-    @lru_cache(maxsize=1000)
-    def probabilities(context):
-        # every order is mixed with the lower ones, down to the uniform distribution
-        lower = probabilities(context[1:]) if context else np.full(vocab_size, 1 / vocab_size)
-        seen = followers[context]
-        if not seen:
-            return lower
-        counts = np.bincount(list(seen), list(seen.values()), vocab_size)
-        return (counts + len(seen) * lower) / (seen.total() + len(seen))
-
-    return probabilities
-
-
-def log_linear(train, validation, test, vocab_size):
-    """Softmax regression of the next word on the words of the window by position; no hidden layer.
-
-    Ridge penalty and number of epochs are chosen by the loss on `validation`. Rarer words than the
-    weights suffice for count as unknown.
-    """
-    window = train.inputs.shape[1]
-    n_words = max(2, min(vocab_size, MOST_WEIGHTS // (window * vocab_size)))
-
-    def logits(model, inputs):
-        known = torch.where(inputs < n_words, inputs, 1)
-        return model(known + n_words * torch.arange(window))  # which word, at which place
-
-    lowest = math.inf
-    for penalty in (3e-5, 1e-4, 3e-4):
-        model = nn.EmbeddingBag(window * n_words, vocab_size, mode="sum")
-        nn.init.zeros_(model.weight)
-        optimizer = optim.Adam(model.parameters(), lr=0.01, weight_decay=penalty, fused=True)
-        generator = torch.Generator().manual_seed(0)
-        losses = []
-        for _ in range(60):
-            order = torch.randperm(len(train), generator=generator)[:MOST_WINDOWS]
-            inputs, targets = train.batch(order)
-            for words, following in zip(inputs.split(256), targets.split(256)):
-                optimizer.zero_grad()
-                F.cross_entropy(logits(model, words), following).backward()
-                optimizer.step()
-            losses.append(word_answers(partial(logits, model), validation)["loss"].mean())
-            if losses[-1] < lowest:
-                lowest = losses[-1]
-                best = copy.deepcopy(model)
-            if min(losses) < min(losses[-3:]):  # three epochs were no better
-                break
-    return word_answers(partial(logits, best), test)
-
-
-def corpus_baselines(train, validation, test, vocab_size):
-    """Unigram, bigram and trigram on the windows of `test`, and the log-linear model."""
-    train, validation, test = (on_cpu(part) for part in (train, validation, test))
-    ids = [*train.inputs[0].tolist(), *train.targets.tolist()]  # the text
-    last_two = {tuple(words) for words in test.inputs[:, -2:].tolist()}
-    probabilities = ngram_model(ids, last_two, vocab_size)
-
-    def ngram(inputs, n):
-        contexts = [tuple(words[len(words) - n :]) for words in inputs.tolist()]
-        return np.log([probabilities(context) for context in contexts])
-
-    baselines = {
-        name: word_answers(partial(ngram, n=n), test)
-        for n, name in enumerate(("unigram", "bigram", "trigram"))
-    }
-    baselines["log-linear"] = log_linear(train, validation, test, vocab_size)
-    return baselines
-
-
-def season_of(windows):
-    """The shortest lag within the window at which values differ by the most even amount, on about
-    `MOST_WINDOWS` windows; 1 unless the variance is less than half of that from step to step.
-    """
-    windows = on_cpu(windows, MOST_WINDOWS)
-    differences = windows.inputs[:, :, 0] - windows.targets  # (N, T) - (N, 1)
-    variances = differences.var(dim=0).flip(0)  # (T,): by lag, from 1; a trend adds nothing
-    is_least = variances <= 1.1 * variances.min() + 1e-6
-    season = int(is_least.int().argmax()) + 1
-    return season if variances[season - 1] < variances[0] / 2 else 1
-
-
-def nearest_neighbours(train, windows, length, most):
-    """What followed the training windows whose last `length` values are nearest to those given.
-
-    Levels are taken out of all windows (N, T, 1). Returns forecasts (most, N): row n - 1 is the
-    mean of n neighbours.
-    """
-    ends = train.inputs[:, -length:, 0]
-    rises = train.targets[:, 0] - ends.mean(dim=1)
-    shapes = centred(ends)
-    forecasts = []
-    for batch in windows[:, -length:, 0].split(256):
-        distances = torch.cdist(centred(batch), shapes)
-        nearest = distances.topk(most, largest=False).indices  # (B, most)
-        means = rises[nearest].cumsum(dim=1) / torch.arange(1, most + 1)
-        forecasts.append(batch.mean(dim=1) + means.T)
-    return torch.cat(forecasts, dim=1)
-
-
-def best_neighbours(train, validation, test):
-    """Nearest neighbours on windows, their length and number chosen on 500 windows of
-    `validation`.
-    """
-    train = on_cpu(train, MOST_PAIRS / len(test))
-    validation = on_cpu(validation, 500)
-    most = min(64, len(train))
-    lowest = math.inf
-    for length in (2, 4, 6, 8, 12, 16, 24, 32, train.inputs.shape[1]):  # no window is longer
-        forecasts = nearest_neighbours(train, validation.inputs, length, most)
-        errors = (forecasts - validation.targets[:, 0]).square().mean(dim=1)  # (most,)
-        if errors.min() < lowest:
-            lowest = errors.min()
-            chosen = length, int(errors.argmin()) + 1
-    return nearest_neighbours(train, test.inputs.cpu(), *chosen)[-1]
-
-
-def series_baselines(train, validation, test):
-    """Persistence, the value a season ago, least squares on about `MOST_WINDOWS` windows, and
-    nearest neighbours.
-    """
-    windows = test.inputs[:, :, 0].cpu()
-    forecasts = {"persistence": windows[:, -1]}
-    season = season_of(train)
-    if season > 1:
-        forecasts["seasonal naive"] = windows[:, -season]
-    # in torch, on one thread: NumPy's last digits depend on the number of threads; gelsd takes any
-    # rank
-    known = on_cpu(train, MOST_WINDOWS)
-    design = F.pad(known.inputs[:, :, 0].double(), (0, 1), value=1.0)  # (N, T + 1)
-    weights = torch.linalg.lstsq(design, known.targets.double(), driver="gelsd").solution[:, 0]
-    forecasts["linear autoregression"] = windows.double() @ weights[:-1] + weights[-1]
-    forecasts["nearest neighbours"] = best_neighbours(train, validation, test)
-    return {name: value_answers(forecast.numpy(), test) for name, forecast in forecasts.items()}
+    return UserData(name, digest, table, tuple(notes))
 
 
 # ======================================================================================
@@ -1434,67 +973,47 @@ def near_identity_(weight):
     return nn.init.eye_(weight).mul_(0.9)
 
 
-class Recurrent(nn.Module):
-    """A stock recurrent layer that returns the state of its top layer after the last real step.
-
-    `start` fills the recurrent weights, one block per gate, unless the cell has a start of its own.
-    Input weights are Glorot-uniform, biases 0. No gate starts open: on the reviews it was measured
-    to help neither LSTM nor GRU.
-    """
-
-    def __init__(self, cell, input_dim, hidden_dim, n_layers, dropout, start):
-        super().__init__()
-        between_layers = dropout if n_layers > 1 else 0.0
-        self.rnn = cell.layer(
-            input_dim, hidden_dim, n_layers, batch_first=True, dropout=between_layers
-        )
-        for name, weight in self.rnn.named_parameters():
-            for gate in weight.detach().split(hidden_dim):  # views: this fills the weight
-                if name.startswith("weight_hh"):
-                    (cell.start or start)(gate)
-                elif name.startswith("weight_ih"):
-                    nn.init.xavier_uniform_(gate)
-                else:
-                    nn.init.zeros_(gate)
-
-    def forward(self, inputs, last=None):
-        """`last` (B,): index of each sequence's last real step; without it, the last of all."""
-        states, _ = self.rnn(inputs)  # (B, T, F) -> (B, T, H)
-        if last is None:
-            return states[:, -1]  # (B, H)
-        return states[torch.arange(len(states), device=states.device), last]  # (B, H)
-
-
 class SequenceModel(nn.Module):
-    """What all models share; a subclass names its `cell`."""
+    """What all models share: recurrent layer -> state after the last step -> dropout -> head.
+
+    A subclass names its `cell`.
+    """
 
     cell: Cell
     preprocessing: Mapping = {}  # of a trained model: turns words or values into inputs, and back
-    metrics: Mapping = {}  # of a trained model, on the test split
-    sample = "the"  # that can be predicted from
 
-    def forward(self, inputs, last=None):
-        state = self.recurrent(inputs, last)  # (B, T, F) -> (B, H)
-        return self.head(self.dropout(state))
+    def add_recurrent(self, input_dim, hidden_dim, n_layers, dropout, start):
+        """The layer of the cell, (B, T, input_dim) -> states (B, T, hidden_dim) and the last state,
+        and the dropout after it. Weights are drawn here: a subclass calls it after its embedding.
 
-    @property
-    def device(self):
-        """The device that the weights are on."""
-        return next(self.parameters()).device
+        In PyTorch's own layers `start` fills the recurrent weights, one block per gate, unless the
+        cell has a start of its own; input weights are Glorot-uniform, biases 0. No gate starts
+        open: on the reviews it was measured to help neither LSTM nor GRU. Any other layer starts as
+        it likes.
+        """
+        between_layers = dropout if n_layers > 1 else 0.0
+        self.recurrent = self.cell.layer(
+            input_dim, hidden_dim, n_layers, batch_first=True, dropout=between_layers
+        )
+        if isinstance(self.recurrent, nn.RNNBase):
+            for name, weight in self.recurrent.named_parameters():
+                for gate in weight.detach().split(hidden_dim):  # views: this fills the weight
+                    if "weight_hh" in name:
+                        (self.cell.start or start)(gate)
+                    elif "weight_ih" in name:
+                        nn.init.xavier_uniform_(gate)
+                    else:
+                        nn.init.zeros_(gate)
+        self.dropout = nn.Dropout(dropout)
 
-    @cached_property
-    def vocabulary(self):
-        """The words that a text model knows, with their ids."""
-        ids = range(self.embedding.num_embeddings)
-        return dict(zip(self.preprocessing["vocabulary"], ids, strict=True))
+    def forward(self, inputs):
+        states, _ = self.recurrent(inputs)  # (B, T, F) -> (B, T, H)
+        return self.head(self.dropout(states[:, -1]))
 
-
-def new_embedding(vocab_size, embed_dim, padding_idx=None):
-    """`nn.Embedding` that starts with the same weights, for its own way is slow on "meta"."""
-    weight = torch.empty(vocab_size, embed_dim)
-    if not weight.is_meta:  # there it would import the compiler
-        weight.normal_()
-    return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=padding_idx)
+    def ids(self, words):
+        """The ids (1, T) of words, on the model's device; words that training lacked are 1."""
+        vocabulary = {word: i for i, word in enumerate(self.preprocessing["vocabulary"])}
+        return torch.tensor([encode(words, vocabulary)], device=self.embedding.weight.device)
 
 
 def label_probabilities(output):
@@ -1515,44 +1034,40 @@ class Classifier(SequenceModel):
 
     def __init__(self, vocab_size, embed_dim, hidden_dim, output_dim, n_layers=1, dropout=0.2):
         super().__init__()
-        self.embedding = new_embedding(vocab_size, embed_dim, padding_idx=0)
+        self.embedding = nn.Embedding(vocab_size, embed_dim, padding_idx=0)
         weight = self.embedding.weight.detach()
-        if not weight.is_meta:  # small, so that rare words, which training hardly moves, say little
-            weight.normal_(std=0.1)
+        weight.normal_(
+            std=0.1
+        )  # small, so that rare words, which training hardly moves, say little
         weight[0] = 0.0
-        self.recurrent = Recurrent(
-            self.cell, embed_dim, hidden_dim, n_layers, dropout, start=near_identity_
-        )
-        self.dropout = nn.Dropout(dropout)
+        self.add_recurrent(embed_dim, hidden_dim, n_layers, dropout, near_identity_)
         to_probabilities = nn.Sigmoid() if output_dim == 1 else nn.Softmax(dim=1)
         self.head = nn.Sequential(nn.Linear(hidden_dim, output_dim), to_probabilities)
 
     def forward(self, ids):
+        states, _ = self.recurrent(self.embedding(ids))  # (B, T) -> (B, T, E) -> (B, T, H)
         # padding comes after the last word, so its states are never read
         last = (ids != 0).sum(dim=1) - 1  # (B, T) -> (B,)
-        return super().forward(self.embedding(ids), last)  # (B, T) -> (B, T, E) -> (B, output_dim)
+        state = states[torch.arange(len(ids), device=ids.device), last]  # (B, H)
+        return self.head(self.dropout(state))
 
     @torch.no_grad()
     def predict(self, texts):
-        """The likeliest label of each text and its probability; without any word, None and nan.
+        """The probability of each label, a row per text, and how many of its words it knows.
 
-        Words that training did not know count as one and the same unknown word. Of a text longer
-        than the reviews of training the last `max_words` words are read, as in training.
+        Of a text longer than the reviews of training the last `max_words` words are read, as in
+        training. Without any word the probabilities are missing.
         """
         self.eval()
-        if isinstance(texts, str):
-            texts = [texts]
-        most = self.preprocessing["max_words"]
-        labels = self.preprocessing["labels"]
-        reviews = [encode(tokenize(text, WORDS)[-most:], self.vocabulary) for text in texts]
-        predictions = []
-        for start in range(0, len(reviews), 256):
-            batch = reviews[start : start + 256]
-            ids = ReviewDataset([ids or [0] for ids in batch], [0] * len(batch), self.device).inputs
-            for review, probabilities in zip(batch, label_probabilities(self(ids)).tolist()):
-                probability, label = max(zip(probabilities, labels, strict=True))
-                predictions.append((label, probability) if review else (None, math.nan))
-        return predictions
+        rows = []
+        for text in texts:
+            words = tokenize(text, WORDS)[-self.preprocessing["max_words"] :]
+            ids = self.ids(words or [PAD])
+            probabilities = label_probabilities(self(ids))[0].tolist()
+            if not words:
+                probabilities = [math.nan] * len(probabilities)
+            rows.append([*probabilities, f"{int((ids > 1).sum())} of {len(words)} words"])
+        return DataFrame(rows, columns=[*self.preprocessing["labels"], "knows"])
 
 
 class Predictor(SequenceModel):
@@ -1560,48 +1075,37 @@ class Predictor(SequenceModel):
 
     def __init__(self, vocab_size, embed_dim, hidden_dim, n_layers=1, dropout=0.2):
         super().__init__()
-        self.embedding = new_embedding(vocab_size, embed_dim)
-        self.recurrent = Recurrent(
-            self.cell, embed_dim, hidden_dim, n_layers, dropout, start=near_identity_
-        )
-        self.dropout = nn.Dropout(dropout)
+        self.embedding = nn.Embedding(vocab_size, embed_dim)
+        self.add_recurrent(embed_dim, hidden_dim, n_layers, dropout, near_identity_)
         self.head = nn.Linear(hidden_dim, vocab_size)
 
     def forward(self, ids):
         return super().forward(self.embedding(ids))  # (B, T) -> (B, T, E) -> (B, V)
 
     @torch.no_grad()
-    def next_logits(self, words):
-        """Logits (V,) of the word after the last `window` of `words`; without any, of a sentence's
-        first.
+    def probabilities(self, words, temperature=1.0):
+        """The probability of each known word after the last `window` of `words`: a Series.
+
+        Without any words, of a sentence's first. It is to the power 1 / `temperature`.
         """
         self.eval()
-        window = self.preprocessing["window"]
-        ids = encode(words[-window:] or ["."], self.vocabulary)
-        logits = self(torch.tensor([ids], device=self.device))[0].cpu()
-        logits[:2] = -math.inf  # <pad> and <unk> are no words
-        return logits
+        ids = self.ids(words[-self.preprocessing["window"] :] or ["."])
+        logits = self(ids)[0, 2:].double().cpu()  # <pad> and <unk> are no words
+        scaled = logits / max(temperature, 1e-30)  # at 0 all but the likeliest vanish
+        return Series(scaled.softmax(dim=0).numpy(), self.preprocessing["vocabulary"][2:])
 
     def predict(self, text, n=5):
-        """The `n` likeliest next words with their probabilities among all known words."""
-        words = self.preprocessing["vocabulary"]
-        probabilities = self.next_logits(tokenize(text, WORDS_AND_ENDS)).softmax(dim=0)
-        values, ids = probabilities.topk(min(n, len(words) - 2))
-        return [(words[i], probability) for i, probability in zip(ids, values.tolist())]
+        """The `n` likeliest next words with their probabilities: a Series."""
+        return self.probabilities(tokenize(text, WORDS_AND_ENDS)).nlargest(n)
 
     def continue_text(self, text, length=20, temperature=1.0, seed=42):
-        """The next `length` words, drawn from the model's probabilities to the power 1 /
-        `temperature`.
-        """
-        known = self.preprocessing["vocabulary"]
+        """The next `length` words, drawn from the model's probabilities."""
         given = tokenize(text, WORDS_AND_ENDS)
         drawn = []
-        generator = torch.Generator().manual_seed(seed)
+        rng = np.random.default_rng(seed)
         for _ in range(length):
-            logits = self.next_logits(given + drawn)
-            # at temperature 0 all but the likeliest vanish
-            probabilities = ((logits - logits.max()) / max(temperature, 1e-30)).softmax(dim=0)
-            drawn.append(known[torch.multinomial(probabilities, 1, generator=generator)])
+            options = self.probabilities(given + drawn, temperature)
+            drawn.append(rng.choice(options.index, p=options))
         return re.sub(rf" ({SENTENCE_END})", r"\1", " ".join(drawn))
 
 
@@ -1612,14 +1116,9 @@ class Forecaster(SequenceModel):
     value. `roll_forward` takes scaled windows, `predict` a series as it is.
     """
 
-    sample = (0.0, 0.0)
-
     def __init__(self, input_dim, hidden_dim, output_dim, n_layers=2, dropout=0.2):
         super().__init__()
-        self.recurrent = Recurrent(
-            self.cell, input_dim, hidden_dim, n_layers, dropout, start=nn.init.orthogonal_
-        )
-        self.dropout = nn.Dropout(dropout)
+        self.add_recurrent(input_dim, hidden_dim, n_layers, dropout, nn.init.orthogonal_)
         self.head = nn.Sequential(
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, output_dim)
         )
@@ -1640,22 +1139,17 @@ class Forecaster(SequenceModel):
         next.
 
         Of the series the last `window` values are read; a shorter one is read whole, which is less
-        than the model was trained on. Raises ValueError if there is no value, one that is no
-        number, or one or a forecast that is not finite.
+        than the model was trained on. Raises InputError if a value is not finite.
         """
         values = np.array(values, dtype=float)
         if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise InputError("a series must hold one or more finite values, in one dimension")
         scaler = self.preprocessing["scaler"]
         scaled = (values[-self.preprocessing["window"] :] - scaler["mean"]) / scaler["std"]
-        window = torch.as_tensor(scaled, dtype=torch.float32)[None, :, None]  # (1, T, 1)
-        forecasts = self.roll_forward(window.to(self.device), length)[0].cpu().double().numpy()
-        forecasts = forecasts * scaler["std"] + scaler["mean"]
-        if not np.isfinite(forecasts).all():
-            raise InputError(
-                "a forecast is not finite: the values lie too far from those of training"
-            )
-        return forecasts
+        weight = next(self.parameters())  # its type and its device are the model's
+        windows = weight.new_tensor(scaled)[None, :, None]  # (1, T, 1)
+        forecasts = self.roll_forward(windows, length)[0].cpu().double().numpy()
+        return forecasts * scaler["std"] + scaler["mean"]
 
 
 class RNNClassifier(Classifier):
@@ -1730,7 +1224,10 @@ class IRNNForecaster(Forecaster):
     cell = CELLS["IRNN"]
 
 
-# --- saving and loading ---------------------------------------------------------------
+def model_class(name):
+    """The class of that name among those above and a user's own."""
+    heads = SequenceModel.__subclasses__()
+    return {model.__name__: model for head in heads for model in head.__subclasses__()}[name]
 
 
 def checkpoint_bytes(model, arguments):
@@ -1740,7 +1237,6 @@ def checkpoint_bytes(model, arguments):
         "arguments": arguments,
         "weights": {name: weight.cpu() for name, weight in model.state_dict().items()},
         "preprocessing": model.preprocessing,
-        "metrics": model.metrics,
     }
     content = io.BytesIO()
     torch.save(checkpoint, content)
@@ -1752,78 +1248,19 @@ def load_checkpoint(path):
 
     Raises InputError.
     """
-    if not os.path.isfile(path):  # noqa: PTH113 (Path's raises if a name is too long)
-        raise InputError(
-            f"{path}: no such file; trained models are in the folder 'models' of an output folder"
-        )
     try:
-        check_archive(path)
-        with warnings.catch_warnings(action="ignore"):  # on what is refused in one line
-            return restore(torch.load(path, map_location="cpu", weights_only=True))
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load checks no checksum
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = model_class(checkpoint["class"])(**checkpoint["arguments"])
+        model.load_state_dict(checkpoint["weights"])
+        model.preprocessing = checkpoint["preprocessing"]
     except Exception as error:  # a foreign or damaged file can make torch stumble over anything
         raise InputError(
-            f"{path}: not a model that this script can use ({first_line(error)[:120]})"
+            f"{path}: not a trained model of this script ({first_line(error)[:120]})"
         ) from error
-
-
-# all that `checkpoint_bytes` makes torch.save write
-PICKLED = {"collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2"}
-
-
-def check_archive(path):
-    """Raise an error unless the file is whole, needs no more memory than its size, and holds
-    nothing but weights, numbers and text.
-    """
-    size = Path(path).stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if sum(each.file_size for each in entries) > size:
-            raise InputError("it would need more memory than its size")
-        if archive.testzip():
-            raise InputError("damaged: a checksum is wrong")
-        [pickled] = [each for each in entries if each.filename.endswith("/data.pkl")]
-        content = archive.read(pickled)
-    # torch.load refuses code by itself, but not a call that makes an array of any size
-    for operation, argument, _ in pickletools.genops(content):
-        if "GLOBAL" in operation.name and argument not in PICKLED:
-            raise InputError(f"it holds {argument}")
-        if isinstance(argument, int) and argument > size:
-            raise InputError("it would need more memory than its size")
-
-
-def is_sensible(name, value):
-    """Whether a model can work with this entry of its preprocessing."""
-    match name, value:
-        case "vocabulary" | "labels", list():
-            return len(set(value)) == len(value) and all(isinstance(word, str) for word in value)
-        case "max_words" | "window", int():
-            return value >= 1
-        case "scaler", {"mean": float(), "std": float(std), "range": [float(low), float(high)]}:
-            return std > 0 and low <= high
-    return False
-
-
-def restore(checkpoint):
-    """The model in a checkpoint; raises an error where something in it makes no sense."""
-    arguments = checkpoint["arguments"]
-    if arguments["n_layers"] > 100:
-        raise InputError("it has more than 100 layers")
-    heads = SequenceModel.__subclasses__()
-    classes = {each.__name__: each for head in heads for each in head.__subclasses__()}
-    with torch.device("meta"):  # takes no memory, whatever the sizes
-        model = classes[checkpoint["class"]](**arguments)
-    model.load_state_dict(checkpoint["weights"], assign=True)
-    for weight in model.parameters():
-        # else one number may stand for millions
-        if not weight.is_contiguous() or not weight.isfinite().all():
-            raise InputError("weights that are not there, or not finite")
-    model.metrics = checkpoint["metrics"]
-    model.preprocessing = checkpoint["preprocessing"]
-    for name, value in model.preprocessing.items():
-        if not is_sensible(name, value):
-            raise InputError(f"its {name} makes no sense")
-    model.predict(model.sample)  # raises an error if anything is missing or does not fit
-    return model
+    return model.eval()
 
 
 def first_line(error):
@@ -1831,38 +1268,307 @@ def first_line(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-# --- what a model consists of ---------------------------------------------------------
+# ======================================================================================
+# Training
+# ======================================================================================
 
 
-def count_parameters(model):
-    """Trainable parameters of each part of the model that has any: embedding, recurrent, head."""
-    counts = Counter()
-    for name, weight in model.named_parameters():
-        counts[name.partition(".")[0]] += weight.numel()
-    return counts
+class RunError(RuntimeError):
+    """What ended a run, or the command, and what to do about it."""
+
+
+class Diverged(RunError):
+    """A loss was not finite: the learning rate is too high."""
+
+
+def prepare_device(device):
+    """Settings of this process under which a run gives the same numbers every time."""
+    # the layers are too small to share out; several runs use the cores better
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # 38 kernels a step for nothing
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"  # as the linear layers: no TF32
+
+
+def is_usable(device):
+    """Whether the device is there and can do a small recurrent step: it may be too old, or full."""
+    try:
+        layer = nn.LSTM(2, 2).to(device)
+        layer(torch.ones(1, 1, 2, device=device))[0].sum().backward()
+    except (RuntimeError, AssertionError):  # torch's own error where it was built without CUDA
+        return False
+    return True
+
+
+def train_step(model, task, optimizer, batch, config):
+    """One update, in micro-batches; returns (3,): mean loss and score, norm of the gradient."""
+    optimizer.zero_grad(set_to_none=True)
+    losses = []
+    scores = []
+    for inputs, targets in zip(*(part.chunk(config.accumulate_steps) for part in batch)):
+        output = model(inputs)
+        loss = task.loss(output, targets)  # (b,), each of which counts one B-th
+        loss.backward(torch.full_like(loss, 1 / len(batch[0])))
+        losses.append(loss.detach())
+        scores.append(task.score(output.detach(), targets))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    optimizer.step()
+    return torch.stack([torch.cat(losses).mean(), torch.cat(scores).mean(), norm])
+
+
+def train_epoch(model, task, optimizer, loader, config):
+    """One pass over the data; returns the means of what `train_step` returns."""
+    model.train()
+    means = 0.0  # on the device: one transfer an epoch, not a step
+    seen = 0
+    for batch in loader:
+        seen += len(batch[1])
+        step = train_step(model, task, optimizer, batch, config)
+        means = means + (step - means) * (len(batch[1]) / seen)
+    return means.tolist()
 
 
 @torch.no_grad()
-def describe_layers(model, inputs):
-    """The layers in the order in which `inputs` pass them: kind, settings, shape without B."""
-    layers = []
-
-    def describe(module, _inputs, output):
-        if isinstance(module, Recurrent) or not list(module.children()):
-            tensor = output[0] if isinstance(output, tuple) else output
-            layers.append(
-                {
-                    "kind": type(module).__name__,
-                    "settings": module.extra_repr(),
-                    "shape": list(tensor.shape[1:]),
-                    "parameters": sum(p.numel() for p in module.parameters(recurse=False)),
-                }
-            )
-
+def evaluate(model, task, dataset, batch_size=512):
+    """A row per example of a dataset: the model's `answer`, its `loss` and `score`."""
     model.eval()
-    with nn.modules.module.register_module_forward_hook(describe):  # hears of all modules
-        model(inputs)
-    return layers
+    measures = {"loss": task.loss, "score": task.score, "answer": task.answer}
+    parts = []
+    # batches of similar length: little padding
+    for rows in dataset.lengths.argsort(stable=True).split(batch_size):
+        inputs, target = dataset.batch(rows)
+        output = model(inputs)
+        answers = {name: measure(output, target).cpu() for name, measure in measures.items()}
+        parts.append(DataFrame(answers, index=rows.numpy()))
+    return pd.concat(parts).sort_index()
+
+
+def fit(model, task, data, config, learning_rate, seed, on_epoch=lambda row: None):
+    """Train until the validation loss stops falling; leaves the best epoch's weights in `model`.
+
+    Adam (Kingma & Ba 2015). Model and data must be on the same device. Returns the history, a row
+    per epoch, which `on_epoch` is called with as well: `epoch`, `learning_rate`, `gradient_norm`
+    (mean, before clipping), `seconds`, `ms_per_step` (of training alone), and of training and
+    validation the loss and the task's score; those of training are running means, with dropout on.
+    Raises Diverged when a loss is not finite.
+    """
+    seed_torch(seed, "dropout")
+    optimizer = optim.Adam(
+        model.parameters(), lr=learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    plateau = optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=config.lr_factor, patience=config.lr_patience
+    )
+    lengths = data.train.lengths.numpy()
+    batch_size = config.batch_size_for(len(lengths))
+    rng = random_generator(seed, "batches")
+    history = []
+    for epoch in range(1, config.epochs + 1):
+        start = time.perf_counter()
+        rate = optimizer.param_groups[0]["lr"]
+        batches = length_buckets(lengths, batch_size, rng, config.updates)
+        loader = DataLoader(data.train, sampler=batches, batch_size=None)
+        loss, score, gradient_norm = train_epoch(model, task, optimizer, loader, config)
+        trained = time.perf_counter()
+        answers = evaluate(model, task, data.validation)
+        means = {name: float(answers[name].to_numpy().mean()) for name in ("loss", "score")}
+        if not math.isfinite(loss + means["loss"]):
+            raise Diverged(
+                f"{type(model).__name__} ({task.name}), seed {seed}: the loss is not finite in "
+                f"epoch {epoch}; try a learning rate below {rate:g} or a clip norm below "
+                f"{config.clip_norm:g}"
+            )
+        row = {
+            "epoch": epoch,
+            "learning_rate": rate,
+            "seconds": time.perf_counter() - start,
+            "ms_per_step": 1000 * (trained - start) / len(batches),
+            "gradient_norm": gradient_norm,
+            "train_loss": loss,
+            "validation_loss": means["loss"],
+            f"train_{task.score_name}": score * data.unit,
+            f"validation_{task.score_name}": means["score"] * data.unit,
+        }
+        history.append(row)
+        on_epoch(row)
+        waited = epoch - best_epoch(history)["epoch"]
+        if waited == 0:  # a copy: the state's own tensors go on changing
+            best_weights = copy.deepcopy(model.state_dict())
+        if waited >= config.patience:
+            break
+        plateau.step(means["loss"])
+    model.load_state_dict(best_weights)
+    return history
+
+
+def best_epoch(history):
+    """The row of the first epoch with the lowest validation loss."""
+    return min(history, key=lambda row: row["validation_loss"])
+
+
+# ======================================================================================
+# Baselines
+# ======================================================================================
+# Each returns, by name, what `evaluate` returns of a model: a table with a row per test example,
+# `answer` (an id, or a value in the unit of the targets) and `loss`.
+
+
+def label_answers(logits, labels):
+    """Who answers with `logits` (N, K) where `labels` (N,) are right."""
+    logits = torch.as_tensor(logits)
+    losses = F.cross_entropy(logits, torch.as_tensor(labels), reduction="none")
+    return DataFrame({"answer": logits.argmax(dim=1), "loss": losses})
+
+
+def value_answers(forecasts, test):
+    """Who forecasts (N,) the targets of `test`; the answers count from the windows' last values."""
+    forecasts = torch.as_tensor(forecasts)
+    answer = forecasts - test.inputs[:, -1, 0]
+    loss = (forecasts - test.targets[:, 0]).square()
+    return DataFrame({"answer": answer, "loss": loss})
+
+
+def review_baselines(_task, data, _config, _seed):
+    """The majority class, and multinomial naive Bayes on words (Manning, Raghavan & Schuetze 2008,
+    ch. 13).
+
+    How many words at the end of a text count, and the temperature by which the log odds are
+    divided (Guo et al. 2017), are those of the lowest loss on the validation part.
+    """
+    vocab_size = len(data.preprocessing["vocabulary"])
+    n_labels = len(data.preprocessing["labels"])
+    splits = (data.train, data.validation, data.test)
+    learnt, known, truth = (split.targets[:, 0].long() for split in splits)  # (N,)
+    prior = (learnt.bincount(minlength=n_labels) + 1.0).log()  # (K,)
+    baselines = {"majority class": label_answers(prior.expand(len(truth), -1), truth)}
+    lowest = math.inf
+    for last in (5, 10, 20, 50, sys.maxsize):
+        ends = []  # (N, T): the last words of the reviews, else padding
+        for split in splits:
+            words_after = split.lengths[:, None] - 1 - torch.arange(split.inputs.shape[1])
+            ends.append(split.inputs.where(words_after < last, 0))
+        # one and how often each word occurs under each label
+        pairs = ends[0] * n_labels + learnt[:, None]
+        counts = pairs.flatten().bincount(minlength=vocab_size * n_labels) + 1.0
+        counts = counts.view(vocab_size, n_labels)
+        weights = (counts / counts[1:].sum(dim=0)).log()
+        weights[0] = 0.0  # padding
+        log_odds, tested = (prior + weights[words].sum(dim=1) for words in ends[1:])
+        for temperature in np.geomspace(0.1, 100, 61):
+            loss = F.cross_entropy(log_odds / temperature, known)
+            if loss < lowest:
+                lowest = loss
+                baselines["naive Bayes"] = label_answers(tested / temperature, truth)
+    return baselines
+
+
+def ngram_model(ids, contexts, vocab_size):
+    """Interpolated trigrams that back off by Witten-Bell smoothing (Chen & Goodman 1999, eq. 15).
+
+    Returns a function: context -> P(word | context) of each word (V,). Contexts are tuples of up
+    to two words. Only `contexts` and the shorter ones in them are counted: all those of a long
+    text would fill the memory.
+    """
+    followers = {context[i:]: Counter() for context in contexts for i in range(len(context) + 1)}
+    for n in range(3):
+        for *context, word in zip(*(ids[i:] for i in range(n + 1))):
+            if tuple(context) in followers:
+                followers[tuple(context)][word] += 1
+
+    @lru_cache(maxsize=1000)
+    def probabilities(context):
+        # every order is mixed with the lower ones, down to the uniform distribution
+        lower = probabilities(context[1:]) if context else np.full(vocab_size, 1 / vocab_size)
+        seen = followers[context]
+        if not seen:
+            return lower
+        counts = np.bincount(list(seen), list(seen.values()), vocab_size)
+        return (counts + len(seen) * lower) / (seen.total() + len(seen))
+
+    return probabilities
+
+
+class LogBilinear(nn.Module):
+    """The next word without recurrence: the words of the window vote, each by its place, and the
+    sum of their votes is compared with every word (after Mnih & Hinton 2007).
+    """
+
+    def __init__(self, vocab_size, embed_dim, window):
+        super().__init__()
+        self.votes = nn.EmbeddingBag(window * vocab_size, embed_dim, mode="sum")
+        nn.init.normal_(self.votes.weight, std=0.01)
+        self.head = nn.Linear(embed_dim, vocab_size)
+        self.places = vocab_size * torch.arange(window)
+
+    def forward(self, ids):
+        return self.head(self.votes(ids + self.places))  # (B, T) -> (B, E) -> (B, V)
+
+
+def corpus_baselines(task, data, config, seed):
+    """Unigram, bigram and trigram, and a log-bilinear model trained as the others are."""
+    vocab_size = len(data.preprocessing["vocabulary"])
+    ids = [*data.train.inputs[0].tolist(), *data.train.targets.tolist()]  # the text
+    last_two = data.test.inputs[:, -2:].tolist()
+    probabilities = ngram_model(ids, set(map(tuple, last_two)), vocab_size)
+    baselines = {}
+    for n, name in enumerate(("unigram", "bigram", "trigram")):
+        rows = []
+        for words, target in zip(last_two, data.test.targets.tolist()):
+            likely = probabilities(tuple(words[2 - n :]))
+            # <pad> and <unk> are no words
+            rows.append({"answer": likely[2:].argmax() + 2, "loss": -np.log(likely[target])})
+        baselines[name] = DataFrame(rows)
+
+    seed_torch(seed, "weights")
+    network = LogBilinear(vocab_size, config.embed_dim, config.window)
+    fit(network, task, replace(data, test=None), config, 1e-3, seed)
+    baselines["log-bilinear"] = evaluate(network, task, data.test)
+    return baselines
+
+
+class FeedForward(nn.Module):
+    """The next value without recurrence: two hidden layers on the window."""
+
+    def __init__(self, window, hidden_dim):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(window, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, 1),
+        )
+
+    def forward(self, windows):
+        return self.layers(windows)  # (B, T, 1) -> (B, 1)
+
+
+def series_baselines(task, data, config, seed):
+    """Persistence, the value a season ago, least squares, and a feed-forward network trained as the
+    others are.
+    """
+    windows = data.test.inputs[:, :, 0]
+    window = windows.shape[1]
+    series = data.train.series.double()
+    known = series.unfold(0, window + 1, math.ceil(len(series) / MOST_WINDOWS))  # (N, T + 1)
+    forecasts = {"persistence": windows[:, -1]}
+    # the place in the window whose value is nearest to the next one
+    place = (known[:, :-1] - known[:, -1:]).square().mean(dim=0).argmin()
+    if place < window - 1:
+        forecasts["seasonal naive"] = windows[:, place]
+    # in torch, on one thread: NumPy's last digits depend on the number of threads; gelsd takes any
+    # rank
+    design = F.pad(known[:, :-1], (0, 1), value=1.0)  # (N, T + 1)
+    weights = torch.linalg.lstsq(design, known[:, -1:], driver="gelsd").solution[:, 0]
+    forecasts["linear autoregression"] = windows.double() @ weights[:-1] + weights[-1]
+    baselines = {name: value_answers(values, data.test) for name, values in forecasts.items()}
+    seed_torch(seed, "weights")
+    network = FeedForward(window, 128)
+    fit(network, task, replace(data, test=None), config, 3e-3, seed)
+    baselines["feed-forward"] = evaluate(network, task, data.test)
+    return baselines
 
 
 # ======================================================================================
@@ -1884,9 +1590,6 @@ class Change(NamedTuple):
     after: SequenceDataset
 
 
-UNKNOWN_SHARE = "unknown words in the test split"  # among the facts
-
-
 @dataclass(frozen=True)
 class TaskData:
     """The data of one seed: three disjoint splits and what is known about them."""
@@ -1896,86 +1599,83 @@ class TaskData:
     test: SequenceDataset | None  # not there while a model is trained
     sizes: Mapping  # constructor keywords of the models that the data decide
     preprocessing: Mapping  # turns words or values into inputs, and back
-    facts: Mapping  # for the reader
     examples: DataFrame  # a row per test example: `truth`, what it is, what the generator knows
-    change: Change | None  # None for a user's texts
     spell: Callable  # answers (N,) to the test examples as labels, words, values
-    # called once per seed, not once per model; there are no ceilings for a user's data
-    baselines: Callable
+    change: Change | None = None  # None for a user's texts
+    # () -> name: answers of the best that is possible, and `effect`, how far they follow a change
     ceilings: Callable = dict
-    doubts: Sequence = ()  # sentences on what may mislead
+    notes: Sequence = ()  # on what may mislead
     unit: float = 1.0  # one unit of the targets, in the user's units
-    offset: float = 0.0  # a target of zero, in the user's units
-
-    def spelled(self, kind, answers):
-        """Answers to the test examples as a record holds them: lists, the answers spelled out."""
-        return {"kind": kind, **as_lists(answers.assign(answer=self.spell(answers["answer"])))}
-
-
-def as_lists(table):
-    """The columns of a table as lists for JSON, which knows no nan."""
-    return table.astype(object).where(table.notna(), None).to_dict("list")
 
 
 def dealt_by_label(labels, rng):
     """The index of `labels` in a random order, in which each stretch has its share of every one."""
     shuffled = labels.iloc[rng.permutation(len(labels))]
-    by_label = shuffled.groupby(shuffled)
+    by_label = shuffled.groupby(shuffled, observed=True)
     # the i-th of n examples of a label comes at (i + 0.5) / n of the way
     places = (by_label.cumcount() + 0.5) / by_label.transform("size")
     return places.sort_values(kind="stable").index
 
 
+def exchange_words(test, back, ids, targets):
+    """A change of one word of each test example, `back` (N,) words from its end, to `ids` (N,).
+
+    `targets`: what the changed examples call for. Examples that are shorter are left out.
+    """
+    places = test.lengths - torch.tensor(back)  # (N,)
+    rows = np.flatnonzero(places >= 0)
+    before = test.inputs[rows]
+    after = before.clone()
+    after[range(len(rows)), places[rows].tolist()] = after.new_tensor(ids)[rows]
+    called_for = test.targets.new_tensor(targets)[rows]
+    lengths = test.lengths[rows]
+    datasets = (SequenceDataset(inputs, called_for, lengths) for inputs in (before, after))
+    return Change(rows, *datasets)
+
+
 def build_reviews(config, seed, device=CPU):
     """Reviews without repetitions, split, encoded with the training split's vocabulary; InputError.
 
-    Of a review longer than `max_words` the end is kept: that is where reviewers conclude. A file's
+    Of a review longer than `max_words` the end is kept: that is where reviewers conclude. A user's
     reviews are dealt out so that each split has its share of every label; generated ones come in
     random order.
     """
     rng = random_generator(seed, "reviews")
-    doubts = []
-    if config.file:
-        reviews, doubts = read_reviews(config.file.text, *config.file.columns)
-    else:
-        reviews = generate_reviews(config, rng)
-    tokens = Series([tuple(tokenize(text, WORDS)) for text in reviews.texts])
-    tokens = tokens[tokens.map(len) > 0].drop_duplicates()  # repetitions would cross the splits
-    kept = tokens.index
-    if config.file:
-        kept = dealt_by_label(Series(reviews.labels)[kept], rng)
-    words = [review[-config.max_words :] for review in tokens[kept]]
-    labels = reviews.labels[kept]
-    names = np.array(reviews.names)
+    table = config.own.table if config.own else generate_reviews(config, rng)
+    table = table.assign(words=[tuple(tokenize(text, WORDS)) for text in table["text"]])
+    table = table[table["words"].map(len) > 0].astype({"label": "category"})
+    notes = []
+    n_double = (table.groupby("words")["label"].nunique() > 1).sum()
+    if n_double:
+        notes.append(f"{n_double:,} texts stand there with two labels; the first was taken")
+    table = table.drop_duplicates("words")  # the splits would share them
+    if config.own:
+        table = table.loc[dealt_by_label(table["label"], rng)]
 
-    parts = three_parts(len(words), 20, "different reviews that hold a word")
-    train_words = (word for review in words[parts[0]] for word in review)
-    vocabulary = fit_vocabulary(train_words, config.vocab_size)
+    parts = three_parts(len(table), 20, "different reviews that hold a word")
+    words = table["words"].str[-config.max_words :]
+    vocabulary = fit_vocabulary(words.iloc[parts[0]].explode(), config.vocab_size)
     ids = [encode(review, vocabulary) for review in words]
+    labels = table["label"].cat.codes.to_numpy(dtype=int)
+    names = table["label"].cat.categories.tolist()
     train, validation, test = (ReviewDataset(ids[part], labels[part], device) for part in parts)
 
-    tested = kept[parts[2]]
-    truth = labels[parts[2]]
-    examples = DataFrame({"truth": names[truth], "text": [reviews.texts[i] for i in tested]})
+    tested = table.iloc[parts[2]].reset_index(drop=True)
+    examples = DataFrame({"truth": tested["label"].astype(object), "text": tested["text"]})
     ceilings = {}
     change = None
-    if not config.file:
-        known = reviews.known.iloc[tested].reset_index(drop=True)
-        examples = examples.join(known[["distance", "role"]])
+    if not config.own:
+        examples["distance"] = tested["distance"]
         # nothing else depends on the label: these are Bayes' odds
-        odds = math.log(config.reliability / (1 - config.reliability))
-        logits = np.outer(np.where(known["favourable"], odds, -odds), [0, 1])  # (N, 2)
-        effect = 2 * config.reliability - 1
-        ceilings["Bayes decision"] = label_answers(logits, truth).assign(effect=effect)
-        turned = [list(review) for review in ids[parts[2]]]
-        other_words = encode(known["other_word"], vocabulary)
-        for review, distance, word in zip(turned, known["distance"], other_words):
-            review[-1 - distance] = word
-        called_for = 1 - known["favourable"].to_numpy()
-        change = Change(
-            range(len(tested)),
-            ReviewDataset(ids[parts[2]], called_for, device),
-            ReviewDataset(turned, called_for, device),
+        odds = np.log(config.reliability / (1 - config.reliability))
+        logits = np.outer(np.where(tested["favourable"], odds, -odds), [0, 1])  # (N, 2)
+        answers = label_answers(logits, labels[parts[2]])
+        ceilings["Bayes decision"] = answers.assign(effect=2 * config.reliability - 1)
+        change = exchange_words(
+            test,
+            back=tested["distance"].to_numpy() + 1,
+            ids=encode(tested["other_word"], vocabulary),
+            targets=1 - tested[["favourable"]].to_numpy(dtype=int),
         )
     return TaskData(
         train=train,
@@ -1984,33 +1684,22 @@ def build_reviews(config, seed, device=CPU):
         sizes={"vocab_size": len(vocabulary), "output_dim": len(names) if len(names) > 2 else 1},
         preprocessing={
             "vocabulary": list(vocabulary),
-            "labels": list(reviews.names),
+            "labels": names,
             "max_words": config.max_words,
-        },
-        facts={
-            "reviews": len(words),
-            "left out as empty or repeated": len(reviews.texts) - len(words),
-            **{f"share {name}": np.mean(labels == i) for i, name in enumerate(reviews.names)},
-            "mean length (words)": np.mean([len(review) for review in words]),
-            "distinct words": len(set().union(*words)),
-            "vocabulary": len(vocabulary),
-            UNKNOWN_SHARE: (test.inputs == 1).sum().item() / test.lengths.sum().item(),
         },
         examples=examples,
         spell=partial(np.take, names),
         change=change,
-        baselines=partial(review_baselines, train, validation, test, len(vocabulary), len(names)),
-        ceilings=lambda: ceilings,
-        doubts=doubts,
+        ceilings=ceilings.copy,
+        notes=notes,
     )
 
 
 def build_corpus(config, seed, device=CPU):
     """A corpus, cut in three, encoded with the training part's vocabulary; raises InputError."""
     window = config.window
-    if config.file:
-        lines = config.file.text.splitlines()  # one at a time, which saves memory
-        words = [word for line in lines for word in tokenize(line, WORDS_AND_ENDS)]
+    if config.own:
+        words = tokenize("\n".join(config.own.table["line"]), WORDS_AND_ENDS)
     else:
         corpus = generate_corpus(config, random_generator(seed, "corpus"))
         words = corpus["word"].tolist()
@@ -2019,65 +1708,43 @@ def build_corpus(config, seed, device=CPU):
     parts = three_parts(len(words), 8 * (window + 1), "words")
     vocabulary = fit_vocabulary(words[parts[0]], config.vocab_size)
     ids = encode(words, vocabulary)
-    train_ids = ids[parts[0]]
-    train = CorpusDataset(train_ids, window, device=device)
-    validation = CorpusDataset(ids[parts[1]], window, MOST_WINDOWS, device)
-    test = CorpusDataset(ids[parts[2]], window, MOST_WINDOWS, device)
+    limits = (sys.maxsize, MOST_WINDOWS, MOST_WINDOWS)  # all windows are trained on
+    train, validation, test = (
+        CorpusDataset(ids[part], window, most, device) for part, most in zip(parts, limits)
+    )
+    notes = []
+    unknown = (test.targets == 1).float().mean().item()
+    if unknown > 0.3:
+        notes.append(f"{unknown:.0%} of the words of the test part are unknown or rare in training")
 
     targets = range(parts[2].start + window, len(words), test.stride)  # of the test windows
-    examples = DataFrame(
-        {
-            "truth": [words[i] for i in targets],
-            "text": [" ".join(words[i - window : i]) for i in targets],
-        }
-    )
+    texts = [" ".join(words[i - window : i]) for i in targets]
+    examples = DataFrame({"truth": [words[i] for i in targets], "text": texts})
     ceilings = {}
     change = None
-    if not config.file:
+    if not config.own:
         known = corpus.iloc[targets].reset_index(drop=True)
-        examples = examples.join(known[["role", "distance"]])
-        changed = known[known["distance"] <= window]  # the subject stands in the window
-        rows = changed.index.tolist()
-        before = test.inputs[rows]
-        after = before.clone()
-        places = window - changed["distance"].to_numpy(dtype=int)
-        others = encode(changed["other_subject"], vocabulary)
-        after[range(len(rows)), places] = after.new_tensor(others)
-        called_for = after.new_tensor(encode(changed["other_word"], vocabulary))
-        change = Change(
-            rows, SequenceDataset(before, called_for), SequenceDataset(after, called_for)
+        examples["distance"] = known["distance"]
+        change = exchange_words(
+            test,
+            back=known["distance"].to_numpy(),
+            ids=encode(known["other_subject"], vocabulary),
+            targets=encode(known["other_word"], vocabulary),
         )
-        ceilings["full state"] = Answers(
-            {
-                "answer": encode(known["likeliest"], vocabulary),
-                "probability": known["probability"],
-                "loss": known["entropy"],
-                "score": (known["likeliest"] == known["word"]).astype(float),
-                "effect": known["effect"],
-            }
-        )
-    trained_on = set(zip(*(train_ids[i:] for i in range(window))))
+        likeliest = encode(known["likeliest"], vocabulary)
+        answers = {"answer": likeliest, "loss": known["entropy"], "effect": known["effect"]}
+        ceilings["full state"] = DataFrame(answers)
     return TaskData(
         train=train,
         validation=validation,
         test=test,
         sizes={"vocab_size": len(vocabulary)},
         preprocessing={"vocabulary": list(vocabulary), "window": window},
-        facts={
-            "words": len(ids),
-            "distinct words": len(set(words)),
-            "vocabulary": len(vocabulary),
-            "test windows": len(test),
-            UNKNOWN_SHARE: (test.targets == 1).float().mean().item(),
-            "test windows that also occur in training": np.mean(
-                [tuple(ids) in trained_on for ids in test.inputs.tolist()]
-            ),
-        },
         examples=examples,
         spell=partial(np.take, list(vocabulary)),
         change=change,
-        baselines=partial(corpus_baselines, train, validation, test, len(vocabulary)),
         ceilings=lambda: ceilings,
+        notes=notes,
     )
 
 
@@ -2087,15 +1754,13 @@ def build_series(config, seed, device=CPU):
     Of a short series the windows are a tenth at most, so that each part holds some; raises
     InputError.
     """
-    doubts = []
-    if config.file:
-        values, doubts = read_series(config.file.text, *config.file.columns)
-    else:
-        series = generate_series(config, random_generator(seed, "series"))
-        values = series["value"].to_numpy(copy=True)
+    rng = random_generator(seed, "series")
+    table = config.own.table if config.own else generate_series(config, rng)
+    values = table["value"].to_numpy(dtype=float, copy=True)
+    notes = []
     window = min(config.window, max(4, len(values) // 10))
     if window < config.window:
-        doubts.append(
+        notes.append(
             f"{len(values):,} values are few: windows of {window} steps in place of {config.window}"
         )
 
@@ -2106,25 +1771,25 @@ def build_series(config, seed, device=CPU):
     rows = torch.as_tensor(train_values).unfold(0, window + 1, step)  # (N, T + 1)
     from_mean = rows - rows[:, :-1].mean(dim=1, keepdim=True)
     unit = from_mean.square().mean().sqrt().item()
-    if not 0 < unit < math.inf:
-        raise InputError(
-            f"constant over its first {TRAIN_SHARE:.0%}, the training part, or too large"
-        )
     offset = float(train_values.mean())
-    scaled = (values - offset) / unit
-    if np.abs(scaled).max() > 1e15:
-        raise InputError("a value beyond its training part is too large for single precision")
-    every, validation, test = (SeriesDataset(scaled[part], window, device=device) for part in parts)
-    stride = min(config.stride, math.ceil(len(every) / 1000))  # a short series can spare no window
-    train = SeriesDataset(scaled[parts[0]], window, stride, device)
+    scaled = (values - offset) / (unit or math.nan)
+    if not np.abs(scaled).max() < 1e15:
+        raise InputError(
+            "constant over its first 70 %, the training part, or too large in the rest"
+        )
+    n_windows = len(train_values) - window
+    stride = min(config.stride, math.ceil(n_windows / 1000))  # a short series can spare no window
+    train, validation, test = (
+        SeriesDataset(scaled[part], window, step, device)
+        for part, step in zip(parts, (stride, 1, 1))
+    )
 
     # one value of each window is shifted, at another lag from window to window
-    lags = np.resize([lag for lag in LAGS if lag <= window], len(test))
+    lags = np.resize(LAGS, len(test)).clip(max=window)
     shift = torch.zeros_like(test.inputs)
     shift[range(len(test)), window - lags] = SHIFT
     # as a batch is, but the mean stays: else every value would be shifted a little
     shifted = SequenceDataset(centred(test.inputs) + shift, test.targets - test.inputs[:, -1])
-    change = Change(range(len(test)), test, shifted)
     examples = DataFrame(
         {
             "truth": test_values[window:],
@@ -2132,8 +1797,8 @@ def build_series(config, seed, device=CPU):
             "lag": lags,
         }
     )
-    if not config.file:
-        examples["distance"] = series["distance"].iloc[parts[2]].to_numpy()[window:]
+    if not config.own:
+        examples["distance"] = table["distance"].to_numpy()[parts[2]][window:]
 
     def ceilings():
         before, after = (
@@ -2143,54 +1808,46 @@ def build_series(config, seed, device=CPU):
         effect = np.abs(after - before) / SHIFT
         return {"exact filter": value_answers(before, test).assign(effect=effect)}
 
-    low = float(train_values.min())
-    high = float(train_values.max())
-    beyond = np.mean((test_values < low) | (test_values > high))
-    if beyond > 0.1:
-        doubts.append(
-            f"{beyond:.0%} of the test part's values lie outside those of the training part "
-            f"({low:g} to {high:g}): what was learnt may not hold there; look at the baselines, "
-            "try its differences"
-        )
-    season = season_of(every)
     return TaskData(
         train=train,
         validation=validation,
         test=test,
         sizes={"input_dim": 1, "output_dim": 1},
-        preprocessing={
-            "scaler": {"mean": offset, "std": unit, "range": [low, high]},
-            "window": window,
-        },
-        facts={
-            "steps": len(values),
-            "least": values.min(),
-            "largest": values.max(),
-            "window (steps)": window,
-            **({"season (steps)": season} if season > 1 else {}),
-        },
+        preprocessing={"scaler": {"mean": offset, "std": unit}, "window": window},
         examples=examples,
-        change=change,
-        spell=lambda answers: test_values[window - 1 : -1] + unit * answers,
-        baselines=partial(series_baselines, every, validation, test),
-        ceilings=dict if config.file else ceilings,
-        doubts=doubts,
+        change=Change(range(len(test)), test, shifted),
+        spell=lambda answers: test_values[window - 1 : -1] + unit * np.asarray(answers),
+        ceilings=dict if config.own else ceilings,
+        notes=notes,
         unit=unit,
-        offset=offset,
     )
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A number to report: the mean of a per-example quantity, put into the user's units."""
+class Metric(NamedTuple):
+    """A number to report: the mean over the test examples of what `of` gives for each."""
 
-    name: str
-    label: str  # for axes
-    source: str  # "loss" or "score"
-    unit_power: int = 0  # the mean is multiplied by (one unit of the targets) ** unit_power
-    transform: Callable = float  # of the mean
-    higher_is_better: bool = False
-    is_share: bool = False  # shown in per cent
+    label: str  # for axes and tables
+    of: Callable  # a table with truth, answer and loss -> (N,)
+    sign: int = -1  # 1 if higher is better
+    scale: float = 1.0  # 100 for per cent
+
+
+def error_of(examples):
+    """By how much each answer differs from the truth."""
+    return (examples["answer"] - examples["truth"]).astype(float)
+
+
+METRICS = {
+    "accuracy": Metric(
+        "accuracy (%)",
+        lambda examples: (examples["answer"] == examples["truth"]).astype(float),
+        sign=1,
+        scale=100,
+    ),
+    "loss": Metric("cross-entropy (nats)", lambda examples: examples["loss"]),
+    "mse": Metric("MSE (series units²)", lambda examples: error_of(examples) ** 2),
+    "mae": Metric("MAE (series units)", lambda examples: error_of(examples).abs()),
+}
 
 
 @dataclass(frozen=True)
@@ -2200,33 +1857,17 @@ class Task:
     name: str
     title: str
     question: str  # what the generated data ask, in a sentence or two
-    models: Mapping  # by cell
+    option: str  # names a user's own data
+    head: type  # of the models
     build_data: Callable  # (configuration, seed, device)
-    loss: Callable  # (output, target) -> (B,); its mean is minimised
-    score: Callable  # (output, target) -> (B,); reported beside the loss
+    baselines: Callable  # (task, data, configuration, seed)
     metrics: Sequence  # the first is the one that the models are judged by
-    answers: Mapping  # (output, target) -> (B,), for the reader
-    file_option: str  # the option that names a user's file
-    distance: str  # what `distance` of a test example is
-    edges: Sequence  # by which examples are sorted by distance: each from one to the next
+    loss: Callable  # (output, target) -> (B,); its mean is minimised
+    score: Callable  # (output, target) -> (B,); reported beside the loss in training
+    score_name: str
+    answer: Callable  # (output, target) -> (B,): ids or values
     # (evaluation before, after a change) -> (N,): how far the output follows the change
     effect: Callable
-    effect_label: str  # for axes
-    change_place: str  # how far back the change was, for axes
-    effect_by: str = "distance"  # the column of the examples that says it
-
-    def measure(self, loss, score, unit):
-        """Mean loss and the task's metrics by name, in the user's units.
-
-        `loss` and `score` are those of each example (N,), or their means.
-        """
-        # np.mean of a Series would leave out what is not a number
-        means = {"loss": float(np.average(loss)), "score": float(np.average(score))}
-        metrics = {
-            metric.name: metric.transform(means[metric.source]) * unit**metric.unit_power
-            for metric in self.metrics
-        }
-        return {**metrics, "loss": means["loss"]}
 
 
 def label_loss(output, target):
@@ -2239,14 +1880,9 @@ def label_loss(output, target):
     return F.nll_loss(log_probabilities, target[:, 0].long(), reduction="none")
 
 
-def label_score(output, target):
-    """Hits (B,) of a classifier."""
-    return (label_probabilities(output).argmax(dim=1) == target[:, 0]).float()
-
-
-def called_for(before, after):
-    """By how much the probability of the targets rises where the examples call for them: (N,)."""
-    return np.exp(-after["loss"]) - np.exp(-before["loss"])
+def likeliest_label(output, _target=None):
+    """The id (B,) of the most probable label."""
+    return label_probabilities(output).argmax(dim=1)
 
 
 def likeliest_word(output, _target=None):
@@ -2254,295 +1890,71 @@ def likeliest_word(output, _target=None):
     return output[:, 2:].argmax(dim=1) + 2
 
 
-def perplexity(loss):
-    """The exponential of a cross-entropy in nats; infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
+def rise_in_probability(before, after):
+    """By how much the probability of the targets rises where the examples call for them: (N,)."""
+    return np.exp(-after["loss"]) - np.exp(-before["loss"])
 
-
-ACCURACY = Metric("accuracy", "accuracy", "score", higher_is_better=True, is_share=True)
-CROSS_ENTROPY = Metric("loss", "cross-entropy (nats)", "loss")
-PERPLEXITY = Metric("perplexity", "perplexity", "loss", transform=perplexity)
-MSE = Metric("mse", "MSE (series units²)", "loss", unit_power=2)
-MAE = Metric("mae", "MAE (series units)", "score", unit_power=1)
 
 CLASSIFIER = Task(
     name="classifier",
     title="Text classification",
     question="Is a film review positive? Only the writer's own last opinion counts: it may stand "
     "far before the end, and the opinions of others may follow.",
-    models={
-        "RNN": RNNClassifier,
-        "LSTM": LSTMClassifier,
-        "GRU": GRUClassifier,
-        "IRNN": IRNNClassifier,
-    },
+    option="reviews",
+    head=Classifier,
     build_data=build_reviews,
+    baselines=review_baselines,
+    metrics=("accuracy", "loss"),
     loss=label_loss,
-    score=label_score,
-    metrics=(ACCURACY, CROSS_ENTROPY),
-    answers={
-        "answer": lambda output, _: label_probabilities(output).argmax(dim=1),
-        "probability": lambda output, _: label_probabilities(output).amax(dim=1),
-    },
-    file_option="reviews",
-    distance="words after the opinion that counts",
-    edges=(0, 10, 25, 50, 100, math.inf),
-    effect=called_for,
-    effect_label="rise in probability of the new label\nif that opinion is reversed",
-    change_place="words after the opinion that counts",
+    score=lambda output, target: (likeliest_label(output) == target[:, 0]).float(),
+    score_name="accuracy",
+    answer=likeliest_label,
+    effect=rise_in_probability,
 )
 PREDICTOR = Task(
     name="predictor",
     title="Next-word prediction",
     question="Which word comes next? Verbs and objects depend on a subject up to nine words back, "
     "past other nouns.",
-    models={
-        "RNN": RNNPredictor,
-        "LSTM": LSTMPredictor,
-        "GRU": GRUPredictor,
-        "IRNN": IRNNPredictor,
-    },
+    option="corpus",
+    head=Predictor,
     build_data=build_corpus,
+    baselines=corpus_baselines,
+    metrics=("accuracy", "loss"),
     loss=partial(F.cross_entropy, reduction="none"),
     score=lambda output, target: (likeliest_word(output) == target).float(),
-    metrics=(ACCURACY, CROSS_ENTROPY, PERPLEXITY),
-    answers={
-        "answer": likeliest_word,
-        "probability": lambda output, _: output[:, 2:].softmax(dim=1).amax(dim=1),
-    },
-    file_option="corpus",
-    distance="words back to the subject",
-    edges=(2, 4, 5, 6, 7, 8, math.inf),
-    effect=called_for,
-    effect_label="rise in probability of the new favourite\nif the subject is exchanged",
-    change_place="words back to the subject",
+    score_name="accuracy",
+    answer=likeliest_word,
+    effect=rise_in_probability,
 )
 FORECASTER = Task(
     name="forecaster",
     title="Time-series forecasting",
     question="What is the next value of two noisy sine waves whose periods switch at random?",
-    models={
-        "RNN": RNNForecaster,
-        "LSTM": LSTMForecaster,
-        "GRU": GRUForecaster,
-        "IRNN": IRNNForecaster,
-    },
+    option="series",
+    head=Forecaster,
     build_data=build_series,
-    loss=lambda output, target: F.mse_loss(output, target, reduction="none").mean(dim=1),
-    score=lambda output, target: F.l1_loss(output, target, reduction="none").mean(dim=1),
-    metrics=(MSE, MAE),
-    answers={"answer": lambda output, _: output[:, 0]},
-    file_option="series",
-    distance="steps since a period switched",
-    edges=(0, 4, 8, 16, 32, 64, math.inf),
-    effect=lambda before, after: np.abs(after["answer"] - before["answer"]) / SHIFT,
-    effect_label="shift of the forecast, as a share\nof the shift of one value",
-    change_place="steps back to the shifted value",
-    effect_by="lag",
+    baselines=series_baselines,
+    metrics=("mse", "mae"),
+    loss=lambda output, target: F.mse_loss(output, target, reduction="none")[:, 0],
+    score=lambda output, target: F.l1_loss(output, target, reduction="none")[:, 0],
+    score_name="mae",
+    answer=lambda output, _target: output[:, 0],
+    effect=lambda before, after: (after["answer"] - before["answer"]).abs() / SHIFT,
 )
 TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
-MATCHED = "-matched"  # marks a model whose recurrent parameters match the LSTM's
 
 
-def cell_name(model):
-    """RNN, LSTM or GRU, whatever its size."""
-    return model.removesuffix(MATCHED)
-
-
-def sized(cell, match):
-    """The name of a cell's model: of equal hidden size or, with "params", recurrent parameters."""
-    return cell + MATCHED if match == "params" and cell != "LSTM" else cell
-
-
-def model_arguments(name, config, data):
+def model_arguments(config, data):
     """The constructor arguments of a model: from the configuration and from the data."""
-    arguments = dict(data.sizes)
-    for size in ("embed_dim", "hidden_dim", "n_layers", "dropout"):
-        if hasattr(config, size):
-            arguments[size] = getattr(config, size)
-    if name.endswith(MATCHED):
-
-        def recurrent_parameters(cell, hidden_dim):
-            inputs = arguments.get("embed_dim", 1)
-            layer = CELLS[cell].layer(inputs, hidden_dim, config.n_layers, device="meta")
-            return sum(weight.numel() for weight in layer.parameters())
-
-        target = recurrent_parameters("LSTM", config.hidden_dim)
-        arguments["hidden_dim"] = min(
-            range(1, 3 * config.hidden_dim),  # an RNN needs about twice the LSTM's units
-            key=lambda size: abs(recurrent_parameters(cell_name(name), size) - target),
-        )
-    return arguments
+    names = ("embed_dim", "hidden_dim", "n_layers", "dropout")
+    return data.sizes | {name: vars(config)[name] for name in names if name in vars(config)}
 
 
-def build_model(task, name, config, data, seed):
+def build_model(task, cell, config, data, seed):
     """A fresh model, its weights drawn from the seed."""
     seed_torch(seed, "weights")
-    return task.models[cell_name(name)](**model_arguments(name, config, data))
-
-
-# ======================================================================================
-# Training
-# ======================================================================================
-
-
-class Diverged(RuntimeError):
-    """A loss was not finite: the learning rate is too high."""
-
-
-def best_of(history):
-    """How many epochs there were, the first one with the lowest validation loss, and that loss;
-    before the first epoch 0, 0, inf.
-    """
-    losses = [math.inf]
-    losses.extend(row["validation"]["loss"] for row in history)
-    best_epoch = losses.index(min(losses))
-    return {"epochs": len(history), "best_epoch": best_epoch, "val_loss": losses[best_epoch]}
-
-
-def prepare_device(device):
-    """Settings of this process under which a run gives the same numbers every time."""
-    # the layers are too small to share out; several runs use the cores better
-    torch.set_num_threads(1)
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # 38 kernels a step for nothing
-        torch.backends.cudnn.rnn.fp32_precision = "ieee"  # as the linear layers: no TF32
-
-
-@contextmanager
-def settings_restored():
-    """Put back, at the end of the block, what `prepare_device` has changed in this process."""
-    threads = torch.get_num_threads()
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    fills_memory = torch.utils.deterministic.fill_uninitialized_memory
-    precision = torch.backends.cudnn.rnn.fp32_precision
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        if torch.are_deterministic_algorithms_enabled():  # the call imports the compiler
-            torch.use_deterministic_algorithms(is_deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fills_memory
-        torch.backends.cudnn.rnn.fp32_precision = precision
-
-
-def is_usable(device):
-    """Whether the device is there and can do a small recurrent step: it may be too old, or full."""
-    try:
-        layer = nn.LSTM(2, 2).to(device)
-        layer(torch.ones(1, 1, 2, device=device))[0].sum().backward()
-    except (RuntimeError, AssertionError):  # torch's own error where it was built without CUDA
-        return False
-    return True
-
-
-def new_optimizer(model, training, learning_rate):
-    """Adam (Kingma & Ba 2015)."""
-    return optim.Adam(
-        model.parameters(), lr=learning_rate, weight_decay=training.weight_decay, fused=True
-    )
-
-
-def train_step(model, task, optimizer, batch, training):
-    """One update, in micro-batches; returns (4,): mean loss and score, norm of the gradient, and 1
-    if it was clipped.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    losses = []
-    scores = []
-    for inputs, targets in zip(*(part.chunk(training.accumulate_steps) for part in batch)):
-        output = model(inputs)
-        loss = task.loss(output, targets)  # (b,), each of which counts one B-th
-        loss.backward(torch.full_like(loss, 1 / len(batch[0])))
-        losses.append(loss.detach())
-        scores.append(task.score(output.detach(), targets))
-    norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
-    optimizer.step()
-    clipped = (norm > training.clip_norm).float()
-    return torch.stack([torch.cat(losses).mean(), torch.cat(scores).mean(), norm, clipped])
-
-
-def train_epoch(model, task, optimizer, loader, training):
-    """One pass over the data; returns the means of what `train_step` returns."""
-    model.train()
-    means = torch.zeros(4, device=model.device)  # one transfer an epoch, not a step
-    seen = 0
-    for batch in loader:
-        seen += len(batch[1])
-        step = train_step(model, task, optimizer, batch, training)
-        means += (step - means) * (len(batch[1]) / seen)
-    return means.tolist()
-
-
-@torch.no_grad()
-def evaluate(model, task, dataset, batch_size=512):
-    """`Answers` of a model to the examples of a dataset."""
-    model.eval()
-    measures = {"loss": task.loss, "score": task.score, **task.answers}
-    parts = []
-    # batches of similar length: little padding
-    for rows in dataset.lengths.argsort(stable=True).split(batch_size):
-        inputs, target = dataset.batch(rows)
-        output = model(inputs)
-        answers = {name: measure(output, target).cpu() for name, measure in measures.items()}
-        parts.append(Answers(answers, index=rows.numpy()))
-    return pd.concat(parts).sort_index()
-
-
-def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: None):
-    """Train until the validation loss stops falling; leaves the best epoch's weights in `model`.
-
-    Model and data must be on the same device. Returns the history, a row per epoch, which
-    `on_epoch` is called with as well: `epoch`, `learning_rate`, `gradient_norm` (mean, before
-    clipping), `clipped` (share of the steps), `seconds`, and under `train` and `validation` the
-    loss and the task's metrics; those of training are running means, with dropout on. Raises
-    Diverged when a loss is not finite.
-    """
-    seed_torch(seed, "dropout")
-    optimizer = new_optimizer(model, training, learning_rate)
-    plateau = optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=training.lr_factor, patience=training.lr_patience
-    )
-    batches = LengthBuckets(
-        data.train.lengths,
-        training.batch_size_for(len(data.train)),
-        random_generator(seed, "batches"),
-        training.updates,
-    )
-    loader = DataLoader(data.train, batch_sampler=batches, collate_fn=lambda batch: batch)
-    history = []
-    for epoch in range(1, training.epochs + 1):
-        start = time.perf_counter()
-        rate = optimizer.param_groups[0]["lr"]
-        loss, score, gradient_norm, clipped = train_epoch(model, task, optimizer, loader, training)
-        answers = evaluate(model, task, data.validation)
-        validation = task.measure(answers["loss"], answers["score"], data.unit)
-        if not math.isfinite(loss + validation["loss"]):
-            raise Diverged(
-                f"{type(model).__name__} ({task.name}), seed {seed}: the loss is not finite in "
-                f"epoch {epoch}; try a learning rate below {rate:g} or a clip norm below "
-                f"{training.clip_norm:g}"
-            )
-        row = {
-            "epoch": epoch,
-            "learning_rate": rate,
-            "gradient_norm": gradient_norm,
-            "clipped": clipped,
-            "seconds": time.perf_counter() - start,
-            "train": task.measure(loss, score, data.unit),
-            "validation": validation,
-        }
-        history.append(row)
-        on_epoch(row)
-        waited = epoch - best_of(history)["best_epoch"]
-        if waited == 0:  # a copy: the state's own tensors go on changing
-            best_weights = copy.deepcopy(model.state_dict())
-        if waited >= training.patience:
-            break
-        plateau.step(validation["loss"])
-    model.load_state_dict(best_weights)
-    return history
+    return model_class(cell + task.head.__name__)(**model_arguments(config, data))
 
 
 # ======================================================================================
@@ -2550,8 +1962,8 @@ def fit(model, task, data, training, learning_rate, seed, on_epoch=lambda row: N
 # ======================================================================================
 
 
-def activation_bytes(model, task, batch):
-    """Bytes that the forward pass on `batch` keeps for the backward pass, the weights left out."""
+def activation_bytes(model, task, inputs, targets):
+    """Bytes that the forward pass keeps for the backward pass, the weights left out."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = {}
 
@@ -2560,72 +1972,45 @@ def activation_bytes(model, task, batch):
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # the tensor itself would keep its own graph alive
 
+    model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        task.loss(model(batch[0]), batch[1])
+        task.loss(model(inputs), targets)
     return sum(size for storage, size in kept.items() if storage not in weights)
 
 
-def kernel_name(model, inputs):
-    """Which implementation of the recurrent layer runs: a library's, or PyTorch's generic one."""
-    # of the nodes of the backward graph, which are called after the operators that ran
-    names = ""
-    waiting = {model(inputs[:2, :2]).grad_fn}
-    while waiting:
-        node = waiting.pop()
-        names += node.name()
-        waiting.update(parent for parent, _ in node.next_functions if parent)
-    kernels = {"CudnnRnn": "cuDNN", "MkldnnRnn": "oneDNN", "Miopen": "MIOpen", "Mps": "MPS"}
-    for operator, kernel in kernels.items():
-        if operator in names:
-            return kernel
-    return "generic"
-
-
-def measure_costs(task, models, training, data):
-    """What a training step of each model costs, by its name.
-
-    The models take turns on the same two full batches, of shorter and of longer examples: once to
-    warm up, then twice, of which the mean counts. Activations are those of a full batch of the
-    longest examples that may occur.
-    """
+def longest_batch(data, config):
+    """A full batch of the longest examples that may occur: inputs and targets."""
     train = data.train
-    size = min(training.batch_size_for(len(train)), len(train))
-    by_length = train.lengths.argsort(stable=True)
-    starts = [(len(train) - size) * quarter // 4 for quarter in (1, 3)]
-    batches = [train.batch(by_length[start : start + size]) for start in starts]
+    targets = train.targets[: config.batch_size_for(len(train))]
     length = data.preprocessing.get("max_words") or data.preprocessing["window"]
-    longest = train.inputs.new_ones(size, length, *train.inputs.shape[2:])
-    seconds = {name: [] for name in models}
-    for _ in range(3):
-        for name, model in models.items():
-            optimizer = new_optimizer(model, training, learning_rate=1e-3)
-            steps = partial(train_epoch, model, task, optimizer, batches, training)
-            seconds[name].append(timeit.timeit(steps, number=1) / len(batches))
-    costs = {}
-    for name, model in models.items():
-        step = np.mean(seconds[name][1:])
-        costs[name] = {
-            "kernel": kernel_name(model, batches[0][0]),
-            "activation_bytes": activation_bytes(model, task, (longest, train.targets[:size])),
-            "ms_per_step": round(1000 * step, 2),
-            "samples_per_second": round(size / step),
-            "seconds_per_epoch": step * max(training.updates, math.ceil(len(train) / size)),
-        }
-    return costs
+    return train.inputs.new_ones(len(targets), length, *train.inputs.shape[2:]), targets
 
 
-def gradient_by_step(model, task, data, n=64):
-    """Norm of the loss's gradient at each embedded word, from the end: mean of `n` long reviews."""
-    rows = data.test.lengths.topk(min(n, len(data.test))).indices
-    inputs, targets = data.test.batch(rows)
-    last = data.test.lengths[rows, None] - 1  # (n, 1)
-    model.train()  # cuDNN goes backward in training mode only
-    model.dropout.eval()
-    embedded = model.embedding(inputs)  # (n, T, E)
-    output = SequenceModel.forward(model, embedded, last[:, 0].to(inputs.device))
-    gradient = torch.autograd.grad(task.loss(output, targets).sum(), embedded)[0]  # (n, T, E)
-    back = last - torch.arange(int(last.min()) + 1)  # (n, steps): position of each
-    return gradient.norm(dim=2).cpu().gather(1, back).mean(dim=0).tolist()
+def count_parameters(model):
+    """Trainable parameters of each part of the model that has any: embedding, recurrent, head."""
+    counts = Counter()
+    for name, weight in model.named_parameters():
+        counts[name.partition(".")[0]] += weight.numel()
+    return counts
+
+
+@torch.no_grad()
+def describe_layers(model, inputs):
+    """The layers in the order in which `inputs` pass them: kind, settings, shape, weights."""
+    layers = []
+
+    def describe(module, _inputs, output):
+        if module is model.recurrent or not list(module.children()):
+            tensor = output[0] if isinstance(output, tuple) else output
+            shape = ", ".join(map(str, tensor.shape[1:]))
+            weights = sum(count_parameters(module).values())
+            name = repr(module).partition(", b")[0].rstrip(")")
+            layers.append(f"{name})\n→ (B, {shape})\n{weights:,} weights")
+
+    model.eval()
+    with nn.modules.module.register_module_forward_hook(describe):  # hears of all modules
+        model(inputs)
+    return layers
 
 
 def forecasts(model, data, shown=120, horizon=120, stride=10):
@@ -2633,28 +2018,24 @@ def forecasts(model, data, shown=120, horizon=120, stride=10):
 
     First one step ahead, of the first `shown` test windows. Then free-running, `horizon` steps from
     every `stride`-th window: the forecasts from the first of them, and the mean squared error of
-    all by the number of steps.
+    all by the number of steps, beside that of persistence.
     """
-    horizon = min(horizon, max(len(data.test) // 2, 1))
-    windows = data.test.inputs[: len(data.test) - horizon + 1 : stride]  # (O, T, 1)
-    truth = data.test.targets[:, 0].unfold(0, horizon, stride)  # (O, horizon)
+    test = data.test
+    horizon = min(horizon, max(len(test) // 2, 1))
+    truth = test.targets[:, 0].unfold(0, horizon, stride)  # (O, horizon)
+    windows = test.inputs[::stride][: len(truth)]  # (O, T, 1)
     free = model.roll_forward(windows, horizon)  # (O, horizon)
-
-    def in_series_units(values):
-        return (values * data.unit + data.offset).tolist()
-
-    def by_horizon(values):
-        return (((values - truth) ** 2).mean(dim=0) * data.unit**2).tolist()
-
-    return {
-        "truth": in_series_units(data.test.targets[:shown, 0]),
-        "forecast": in_series_units(model.roll_forward(data.test.inputs[:shown], 1)[:, 0]),
-        "free_truth": in_series_units(truth[0]),
-        "free_forecast": in_series_units(free[0]),
-        "free_mse": by_horizon(free),
-        "persistence_mse": by_horizon(windows[:, -1]),
-        "variance": data.test.targets.var().item() * data.unit**2,
+    values = {
+        "truth": test.targets[:shown, 0],
+        "forecast": model.roll_forward(test.inputs[:shown], 1)[:, 0],
+        "free_truth": truth[0],
+        "free_forecast": free[0],
     }
+    offset = data.preprocessing["scaler"]["mean"]
+    found = {name: (each * data.unit + offset).tolist() for name, each in values.items()}
+    for name, each in (("free_mse", free), ("persistence_mse", windows[:, -1])):
+        found[name] = ((each - truth).square().mean(dim=0) * data.unit**2).tolist()
+    return found
 
 
 def effect_of_change(model, task, change):
@@ -2667,24 +2048,12 @@ def effect_of_change(model, task, change):
     return effect.set_axis(rows)
 
 
-# task: (task, trained model, untrained model, data) -> what a record holds beside answers
-EVIDENCE = {
-    CLASSIFIER.name: lambda task, trained, untrained, data: {
-        "gradient": gradient_by_step(trained, task, data),
-        "initial_gradient": gradient_by_step(untrained, task, data),
-    },
-    PREDICTOR.name: lambda *_: {},
-    FORECASTER.name: lambda task, trained, untrained, data: forecasts(trained, data),
-}
-
 # ======================================================================================
 # Experiment
 # ======================================================================================
 # From here on `run` is a Run, `experiment` an Experiment, `folder` the Path of the output folder.
 
-BASELINES = "baselines"  # stands for a model where there is nothing to train
-# exit status of a child that would begin everything again: the user's script has no guard
-NO_GUARD = 64
+BASELINES = "baselines"  # stands for a model where there is none to compare
 
 
 class Run(NamedTuple):
@@ -2696,106 +2065,49 @@ class Run(NamedTuple):
     learning_rate: float | None = None  # the baselines have none
     is_tuning: bool = False  # only to choose the learning rate: the test part stays shut
 
-    def __str__(self):  # the name of its files as well
+    def __str__(self):
+        """What its record, runs/NAME.json, and its checkpoint, models/NAME.pt, are called."""
         name = f"{self.task}_{self.model}_seed{self.seed}"
-        return f"{name}_rate{self.learning_rate:g}" if self.is_tuning else name
-
-    def record_path(self, folder):
-        """Where its record is written, last of all."""
-        subfolder = "runs/tuning" if self.is_tuning else "runs"
-        return folder / subfolder / f"{self}.json"
-
-    def model_path(self, folder):
-        """Where its checkpoint is written."""
-        return folder / "models" / f"{self}.pt"
+        return f"tuning/{name}_rate{self.learning_rate:g}" if self.is_tuning else name
 
 
 @dataclass(frozen=True)
 class Experiment:
     """What is asked for, and what all its runs share."""
 
-    config: Config
-    tasks: Sequence
-    models: Sequence
+    config: Mapping  # by task
+    rates: Mapping  # by (task, model); None where the rate is chosen first
     seeds: Sequence
     folder: Path
     device: torch.device = CPU
-    workers: int = 1
     resume: bool = False
 
-    @cached_property
-    def costs(self):
-        """What a training step costs, by task and model; measured when it is first asked for."""
-        costs = {}
-        for name in self.tasks:
-            task = TASKS[name]
-            config = self.config[name]
-            data = load_data(name, config, self.seeds[0], self.device)
-            models = {
-                model: build_model(task, model, config, data, 0).to(self.device)
-                for model in self.models
-            }
-            costs[name] = measure_costs(task, models, config.training, data)
-        return costs
 
-
-@lru_cache(maxsize=len(TASKS))
+@lru_cache(maxsize=1)
 def load_data(task, config, seed, device):
     """A seed's data, kept for the next model; raises InputError, which names the user's file."""
     try:
         data = TASKS[task].build_data(config, seed, device)
     except InputError as error:
-        raise InputError(f"{config.file.path}: {error}" if config.file else str(error)) from error
-    doubts = [*(config.file.notes if config.file else ()), *data.doubts]
-    if data.facts.get(UNKNOWN_SHARE, 0) > 0.5:
-        doubts.append("more than half of the words in the test part do not occur in training")
-    return replace(data, doubts=doubts)
+        raise InputError(f"{config.own.name if config.own else task}: {error}") from error
+    return replace(data, notes=[*config.own.notes, *data.notes]) if config.own else data
 
 
-def printable(text):
-    """Text without control characters, which might command a terminal; line ends stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-
-
-def tell(text):
-    """Print to stderr, above a bar; training does not depend on whether anybody listens."""
-    if sys.stderr is not None:
-        with suppress(OSError, ValueError):
-            tqdm.write(printable(text), file=sys.stderr)
-
-
-def say(text):
-    """Print to stdout; raises OSError where that is closed or full."""
-    if sys.stdout is None:
-        raise OSError("standard output is closed")
-    print(printable(text), flush=True)
-
-
-def for_spreadsheet(table):
-    """A table as CSV in which no text is taken for a formula."""
-
-    def as_text(cell):
-        return re.sub(r"^(?=[=+@-])", "'", cell) if isinstance(cell, str) else cell
-
-    return table.map(as_text).to_csv(index=False)
+def log(text):
+    """Print to stderr, over the bar of the main process; training needs nobody to listen."""
+    with suppress(AttributeError, OSError, ValueError):
+        over = "\r\x1b[K" if sys.stderr.isatty() else ""
+        tqdm.write(f"{over}{text}", file=sys.stderr, nolock=True)
 
 
 def write_whole(path, content):
-    """Write text or bytes so that the file is whole or absent: temporary name, flush, rename.
-
-    Raises OSError.
-    """
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    """Write text or bytes so that the file is whole or absent; raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
         temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -2803,449 +2115,293 @@ def write_whole(path, content):
 # --- one run --------------------------------------------------------------------------
 
 
-def measure_baselines(data):
-    """What the record of a seed's baselines holds: the test examples, and who needs no training."""
-    answers = {name: data.spelled("baseline", each) for name, each in data.baselines().items()}
-    for name, each in data.ceilings().items():
-        answers[name] = data.spelled("ceiling", each)
-    return {
-        "facts": data.facts,
-        "doubts": data.doubts,
-        "examples": as_lists(data.examples),
-        "answers": answers,
-    }
+def plain_config(config):
+    """A configuration as a record holds it: of a user's data the name and the digest."""
+    own = f"{config.own.name} ({config.own.digest})" if config.own else None
+    return json.loads(json.dumps({**vars(config), "own": own}, default=np.generic.item))
 
 
-def trained_model(run, experiment, data, on_epoch):
-    """The model of a run and its history; what a tuning run has trained is not trained again."""
-    tried = run._replace(is_tuning=True)
-    record = read_records(experiment.folder, "runs/tuning").get(tried)
-    if record and has_model(tried, record, experiment.folder):
-        model = load_checkpoint(tried.model_path(experiment.folder))
-        return model.to(experiment.device), record["history"]
+def as_lists(table):
+    """The columns of a table as lists for JSON, which knows no nan."""
+    return table.astype(object).where(table.notna(), None).to_dict("list")
+
+
+def spelled(data, kind, answers):
+    """Answers to the test examples as a record holds them, in the user's words and units."""
+    table = answers.drop(columns="score", errors="ignore")
+    return {"kind": kind, **as_lists(table.assign(answer=data.spell(table["answer"])))}
+
+
+def measure_baselines(run, config, data):
+    """What the record of a seed's baselines holds, and of its test examples."""
     task = TASKS[run.task]
-    config = experiment.config[run.task]
-    model = build_model(task, run.model, config, data, run.seed).to(experiment.device)
-    without_test = replace(data, test=None)
-    history = fit(model, task, without_test, config.training, run.learning_rate, run.seed, on_epoch)
-    return model, history
+    found = {"baseline": task.baselines(task, data, config, run.seed), "ceiling": data.ceilings()}
+    answers = {}
+    for kind, tables in found.items():
+        for name, table in tables.items():
+            answers[name] = spelled(data, kind, table)
+    return {"answers": answers, "examples": as_lists(data.examples), "notes": data.notes}
 
 
-def measure_model(model, run, experiment, data):
-    """What the record of a run holds of its trained model, which gets its test metrics."""
+def measure_model(model, run, config, data):
+    """What the record of a run holds of its trained model."""
     task = TASKS[run.task]
-    config = experiment.config[run.task]
     answers = evaluate(model, task, data.test)
     if data.change:
         answers["effect"] = effect_of_change(model, task, data.change)
-    model.metrics = task.measure(answers["loss"], answers["score"], data.unit)
-    untrained = build_model(task, run.model, config, data, run.seed).to(experiment.device)
-    longest, _ = data.train.batch(data.train.lengths.topk(2).indices)
+    inputs, targets = longest_batch(data, config)
     return {
-        "answers": {run.model: data.spelled("model", answers)},
-        "evidence": EVIDENCE[run.task](task, model, untrained, data),
+        "answers": {run.model: spelled(data, "model", answers)},
         "parts": count_parameters(model),
-        "layers": describe_layers(model, longest),
-        "cost": experiment.costs[run.task][run.model],
+        "layers": describe_layers(model, inputs[:2]),
+        "batch_size": len(inputs),
+        "activation_bytes": activation_bytes(model, task, inputs, targets),
+        "forecasts": forecasts(model, data) if hasattr(model, "roll_forward") else None,
     }
 
 
-def with_digest(record):
-    """A record as JSON, its last entry the SHA-256 of the others, by which damage is seen."""
-    text = json.dumps(record, default=np.generic.item)  # settings may be NumPy's
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return f'{text[:-1]}, "digest": "{digest}"}}'
+def trained_model(run, experiment, data):
+    """The model of a run and its history; what a tuning run has trained is not trained again."""
+    tried = run._replace(is_tuning=True)
+    record = finished(tried, experiment)
+    if record and not run.is_tuning and experiment.rates[run.task, run.model] is None:
+        model = load_checkpoint(experiment.folder / f"models/{tried}.pt")
+        return model.to(experiment.device), record["history"]
+
+    task = TASKS[run.task]
+    config = experiment.config[run.task]
+
+    score = task.score_name
+
+    def log_epoch(row):
+        log(
+            f"{run}  epoch {row['epoch']:2d}  train/val loss {row['train_loss']:.4g}/"
+            f"{row['validation_loss']:.4g} {score} {row[f'train_{score}']:.4g}/"
+            f"{row[f'validation_{score}']:.4g}"
+        )
+
+    model = build_model(task, run.model, config, data, run.seed).to(experiment.device)
+    without_test = replace(data, test=None)
+    history = fit(model, task, without_test, config, run.learning_rate, run.seed, log_epoch)
+    return model, history
 
 
-def complete_run(run, experiment, on_epoch):
+def train_run(run, experiment):
     """Do a run; its record, from which tables and figures are made, is written last.
 
     Raises what training raises, InputError and OSError.
     """
-    device = experiment.device
-    prepare_device(device)
+    folder = experiment.folder
     config = experiment.config[run.task]
+    device = CPU if run.model == BASELINES else experiment.device
+    prepare_device(device)
     data = load_data(run.task, config, run.seed, device)
-    path = run.record_path(experiment.folder)
+    path = folder / f"runs/{run}.json"
     path.unlink(missing_ok=True)  # an older one must not stand beside a newer model
-    record = {**run._asdict(), "unit": data.unit, "labels": data.preprocessing.get("labels")}
+    record = {**run._asdict(), "config": plain_config(config)}
     if run.model == BASELINES:
-        record.update(measure_baselines(data))
+        record.update(measure_baselines(run, config, data))
     else:
-        model, record["history"] = trained_model(run, experiment, data, on_epoch)
+        model, record["history"] = trained_model(run, experiment, data)
         if not run.is_tuning:
             # the best validation weights are back: nothing is chosen by the test part, opened now
-            record.update(measure_model(model, run, experiment, data))
+            record.update(measure_model(model, run, config, data))
         model.preprocessing = data.preprocessing
-        checkpoint = checkpoint_bytes(model, model_arguments(run.model, config, data))
-        write_whole(run.model_path(experiment.folder), checkpoint)
-        record["checkpoint"] = hashlib.sha256(checkpoint).hexdigest()
-    environment = {  # what the numbers may depend on beside the configuration and the seed
+        checkpoint = checkpoint_bytes(model, model_arguments(config, data))
+        write_whole(folder / f"models/{run}.pt", checkpoint)
+    record["environment"] = {  # what the numbers may depend on beside configuration and seed
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": np.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-        "device": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-    if device.type == "cuda":
-        environment["device"] = torch.cuda.get_device_name(device)
-        environment["CUDA"] = torch.version.cuda
-        environment["cuDNN"] = torch.backends.cudnn.version()
-    record["environment"] = environment
-    write_whole(path, with_digest(record))
-    if run.learning_rate and not run.is_tuning:  # what was tried is not needed any more
-        run._replace(is_tuning=True).model_path(experiment.folder).unlink(missing_ok=True)
-
-
-# --- many runs ------------------------------------------------------------------------
-
-
-def serve_run(pipe, run, experiment):
-    """In a process of its own: send the row of each epoch, and at last None, or the error."""
-    server = os.getppid()  # the process that starts all others
-
-    def end_with_parents():
-        parent = multiprocessing.parent_process()
-        while parent.is_alive() and os.getppid() == server:
-            parent.join(timeout=1)
-        os._exit(1)
-
-    threading.Thread(target=end_with_parents, daemon=True).start()
-    ended = None
-    try:
-        complete_run(run, experiment, pipe.send)
-    except Exception as error:
-        ended = error
-        if isinstance(error, RuntimeError) and not isinstance(error, Diverged):
-            ended = RuntimeError(first_line(error))  # torch's own may not pass through a pipe
-    with suppress(ConnectionError):
-        pipe.send(ended)
-
-
-def complete_in_child(run, experiment, on_epoch, context):
-    """`complete_run` in a process of its own, whose crash costs this run alone."""
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=serve_run, args=(sender, run, experiment), daemon=True)
-    try:
-        process.start()
-        sender.close()
-        for message in iter(receiver.recv, None):
-            if isinstance(message, Exception):
-                raise message
-            on_epoch(message)
-    except (EOFError, ConnectionError) as error:  # it was killed, or the process that starts it
-        if process.pid:
-            process.join()
-        else:
-            time.sleep(1)  # the next run starts another
-        if process.exitcode == NO_GUARD:  # `run` says so in a child
-            raise InputError(
-                'call main() or run() under `if __name__ == "__main__":`, or with one worker'
-            ) from error
-        raise RuntimeError(
-            f"its process ended with status {process.exitcode}; killed, or out of memory?"
-        ) from error
-
-
-def block_signals():
-    """Leave Ctrl-C and SIGTERM to the main thread; processes started in this one inherit that."""
-    if hasattr(signal, "pthread_sigmask"):
-        # else the first process starts it, which takes the mask away
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-
-
-def start_server():
-    """Start the process that starts those of the runs, which takes seconds, in the background."""
-    # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was
-    # page faults
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
-    modules = ["torch._dynamo", "pandas", "matplotlib.figure", "tqdm.auto"]
-    multiprocessing.set_forkserver_preload(modules)
-    if os.name == "posix":
-        with ThreadPoolExecutor(1, initializer=block_signals) as pool:
-            pool.submit(forkserver.ensure_running)
-
-
-def started_runs(runs, experiment, workers, on_epoch):
-    """Start the runs, `workers` at a time; yields each with a function that finishes it, or raises
-    what ended it.
-    """
-    if workers == 1:
-        for run in runs:
-            yield run, partial(complete_run, run, experiment, partial(on_epoch, run))
-        return
-    load_data.cache_clear()  # from here on the processes hold the data
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    pool = ThreadPoolExecutor(workers, initializer=block_signals)
-    futures = {}
-    try:
-        for run in runs:
-            future = pool.submit(
-                complete_in_child, run, experiment, partial(on_epoch, run), context
-            )
-            futures[future] = run
-        for future in as_completed(futures):
-            yield futures[future], future.result
-    finally:  # after an error or an interruption some are left
-        pool.shutdown(wait=False, cancel_futures=True)
-        while not all(future.done() for future in futures):
-            with suppress(KeyboardInterrupt):  # a second Ctrl-C must leave nobody behind
-                for process in multiprocessing.active_children():
-                    process.kill()
-                time.sleep(0.02)
-
-
-def expected_seconds(run, experiment):
-    """How long a run takes with 20 epochs, or fewer if its cap is lower."""
-    if run.model == BASELINES:
-        return 2.0  # no cost is measured
-    epochs = min(20, experiment.config[run.task].training.epochs)
-    return epochs * experiment.costs[run.task][run.model]["seconds_per_epoch"]
-
-
-def complete_runs(runs, experiment):
-    """Do the `runs`, when resuming what is not finished of them, and show how far it is.
-
-    Returns the errors of those that failed, by run; raises any other error.
-    """
-    if experiment.resume:
-        runs = unfinished(runs, experiment.folder)
-    if not runs:
-        return {}
-    workers = min(experiment.workers, len(runs))
-    left = {run: expected_seconds(run, experiment) for run in runs}
-    # of each task and seed the baselines first, which hold the test examples, then the longest run
-    runs = sorted(runs, key=lambda r: (r.task, r.seed, r.model != BASELINES, -left[r]))
-    total = sum(left.values())
-    tell(
-        f"{len(runs)} runs on {experiment.device}, {workers} at a time with a thread each: about "
-        f"{tqdm.format_interval(total / workers)} if a run takes 20 epochs"
-    )
-    bar = tqdm(
-        total=total,
-        disable=None if sys.stderr else True,  # without a terminal there are the lines alone
-        leave=False,
-        dynamic_ncols=True,
-        bar_format="all runs {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left",
-    )
-    start = time.monotonic()
-
-    def on_epoch(run, row):  # called in many threads, for a run always in the same one
-        left[run] *= 0.95  # of about 20 epochs one has passed; nobody knows how many follow
-        bar.n = total - sum(left.values())
-        metric = TASKS[run.task].metrics[0].name
-        tell(
-            f"{run}  epoch {row['epoch']:2d}  train/val "
-            f"loss {row['train']['loss']:.4g}/{row['validation']['loss']:.4g}, "
-            f"{metric} {row['train'][metric]:.4g}/{row['validation'][metric]:.4g}"
-        )
-
-    failures = {}
-    started = started_runs(runs, experiment, workers, on_epoch)
-    with bar, closing(started):
-        for n, (run, finish) in enumerate(started, start=1):
-            line = f"{run}  done"
-            try:
-                finish()
-            except (RuntimeError, MemoryError) as error:  # of this run alone
-                failures[run] = error
-                line = f"failed: {run}: {first_line(error)}"
-            left[run] = 0
-            bar.n = total - sum(left.values())
-            seconds = (time.monotonic() - start) * (total / bar.n - 1)
-            tell(f"{line} ({n} of {len(runs)}, {tqdm.format_interval(seconds)} left)")
-    return failures
+    write_whole(path, json.dumps(record, default=np.generic.item))
 
 
 # --- what is in a folder --------------------------------------------------------------
 
 
-def read_records(folder, subfolder="runs"):
-    """The records in a folder, by run; files that are none are named.
+def read_record(path):
+    """A record, or None if there is none that is whole."""
+    with suppress(OSError, ValueError, AttributeError):
+        record = json.loads(path.read_text())
+        if {*Run._fields, "config", "environment"} <= record.keys():
+            return record
+    return None
 
-    In the order of tasks, models (baselines last), seeds and learning rates.
+
+def finished(run, experiment):
+    """The record of a run if it is there with this configuration and rate, and its model loads."""
+    record = read_record(experiment.folder / f"runs/{run}.json")
+    wanted = {**run._asdict(), "config": plain_config(experiment.config[run.task])}
+    if record and wanted.items() <= record.items():
+        with suppress(InputError):
+            if run.model != BASELINES:
+                load_checkpoint(experiment.folder / f"models/{run}.pt")
+            return record
+    return None
+
+
+def read_records(folder):
+    """The records of the runs in a folder, in the order of tasks, models and seeds."""
+    order = [*TASKS, *CELLS, BASELINES]
+    records = []
+    for path in folder.glob("runs/*.json"):
+        record = read_record(path)
+        if record and {record["task"], record["model"]} <= {*order}:
+            records.append(record)
+        else:
+            log(f"left out, not the whole record of a run: {path}")
+    return sorted(records, key=lambda r: [*map(order.index, (r["task"], r["model"])), r["seed"]])
+
+
+def make_folder(experiment):
+    """Make the output directory.
+
+    Raises OSError if that cannot be done, and InputError if it holds another configuration.
     """
-    tasks = list(TASKS)
-    models = [*CELLS, *(name + MATCHED for name in CELLS), BASELINES]
-    found = {}
-    for path in (folder / subfolder).glob("*.json"):
-        try:
-            if not path.is_file():
-                raise ValueError("a pipe or a folder")
-            text = path.read_text()
-            record = json.loads(text)
-            del record["digest"]
-            run = Run(*(record[name] for name in Run._fields))
-            if text != with_digest(record) or path != run.record_path(folder):
-                raise ValueError("cut, changed, or of another run")
-            place = tasks.index(run.task), models.index(run.model), run.seed, run.learning_rate
-            found[place] = run, record
-        except Exception:  # a foreign or damaged file can be anything
-            tell(f"{path} is not the whole record of a run; it is left out")
-    return dict(found[place] for place in sorted(found))
-
-
-def has_model(run, record, folder):
-    """Whether the model that the record of a run names is there, and whole."""
-    path = run.model_path(folder)
-    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == record["checkpoint"]
-
-
-def unfinished(runs, folder):
-    """Those of the runs that are not finished; where something of one is there, it is named."""
-    records = read_records(folder, "runs/tuning" if runs[0].is_tuning else "runs")
-    rest = []
-    for run in runs:
-        needs_model = run.model != BASELINES and not run.is_tuning
-        if run not in records or (needs_model and not has_model(run, records[run], folder)):
-            rest.append(run)
-            path = run.record_path(folder)
-            if path.exists():
-                tell(f"{path}, or its model, is damaged or of another rate; it is done again")
-    tell(f"resuming: {len(runs) - len(rest)} of {len(runs)} runs are finished")
-    return rest
-
-
-def plain_config(config):
-    """A configuration as `config.json` holds it; of a user's file the name, not the place."""
-    values = {**asdict(config), **asdict(config.training)}
-    del values["training"]
-    if config.file:
-        values["file"] = printable(Path(config.file.path).name)  # it may be no UTF-8
-        values["digest"] = config.file.digest
-        values["columns"] = config.file.columns
-    # tuples become lists, NumPy's numbers Python's
-    return json.loads(json.dumps(values, default=np.generic.item))
-
-
-def read_config(folder):
-    """The configuration of the runs in a folder, by task; raises InputError."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-        return {name: dict(config[name]) for name in TASKS}
-    except Exception as error:  # a foreign or damaged file can be anything
-        raise InputError(
-            f"{path}: not there, or damaged; train first, or choose another --output-dir"
-        ) from error
-
-
-def make_folder(folder, tasks, config):
-    """The output directory of a configuration.
-
-    Raises OSError if files cannot be written to it, and InputError if it holds another
-    configuration.
-    """
-    try:
-        for name in ("", "runs", "runs/tuning", "models", "predictions"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for left in (folder / name).glob(".*.tmp"):  # by a writer that was killed
-                if time.time() - left.stat().st_mtime > 60:
-                    left.unlink(missing_ok=True)
-            tempfile.TemporaryFile(dir=folder / name).close()
-    except OSError as error:
-        raise OSError(
-            f"--output-dir {folder}: cannot be written ({error.strerror}); choose another"
-        ) from error
-    wanted = {name: plain_config(of_task) for name, of_task in config.items()}
-    path = folder / "config.json"
-    if not path.exists():
-        write_whole(path, json.dumps(wanted, indent=1))
-    present = read_config(folder)
-    for name in tasks:
-        for key, value in wanted[name].items():
-            other = present[name].get(key)
-            if other != value:
+    folder = experiment.folder
+    for name in ("runs/tuning", "models/tuning", "predictions"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for record in read_records(folder):
+        config = experiment.config.get(record["task"])
+        wanted = plain_config(config) if config else {}
+        for name, value in wanted.items():
+            present = record["config"].get(name)
+            if value != present:
                 raise InputError(
-                    f"{folder} holds another configuration ({name}: {key} {other}, not {value}); "
-                    "choose another --output-dir"
+                    f"{folder} holds runs with another {name} ({present}, not {value}); choose "
+                    "another --output-dir"
                 )
 
 
-# --- the choice of learning rates -----------------------------------------------------
+# --- many runs ------------------------------------------------------------------------
 
 
-def rates_beyond(losses):
-    """The rate to try next, in a list, if the best of those tried is at their edge.
+def end_with_parent():
+    """In a new process of the pool: end when the main process has ended, whatever ended it."""
 
-    `losses`: mean validation losses by rate, in rising order. Downwards the loss must have fallen
-    by 1 % with the last step, for low rates need many epochs.
+    def wait_for_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+@contextmanager
+def worker_pool(workers):
+    """`workers` processes that train, one thread each; None for one, which is this process."""
+    if workers == 1:
+        yield None
+        return
+    # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was
+    # page faults
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
+    others = multiprocessing.active_children()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+    # the processes inherit that Ctrl-C is ignored: it is for this one
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _ in range(workers):  # they start while the data are read
+        pool.submit(os.getpid)
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def ended_runs(runs, experiment, pool, bar):
+    """Do the runs; yields each with a function that raises what ended it, if anything did."""
+    if pool is None:
+        for run in runs:
+            yield run, partial(train_run, run, experiment)
+        return
+    futures = {pool.submit(train_run, run, experiment): run for run in runs}
+    while futures:
+        done, _ = wait(futures, timeout=1, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield futures.pop(future), future.result
+        bar.refresh()  # the lines of the workers went over it
+
+
+def train_runs(runs, experiment, pool, bar):
+    """Do the runs, when resuming those that are not finished; returns how many failed.
+
+    A run that diverges or needs too much memory costs the others nothing; other errors are raised.
     """
-    place = RATES.index(losses.idxmin())
-    if losses.idxmin() == losses.index[-1]:
-        return RATES[place + 1 : place + 2]
-    if place and losses.idxmin() == losses.index[0] and losses.iloc[1] > 1.01 * losses.iloc[0]:
-        return RATES[place - 1 : place]
-    return []
+    rest = [run for run in runs if not (experiment.resume and finished(run, experiment))]
+    done = len(runs) - len(rest)
+    bar.update(done)
+    failed = 0
+    for n, (run, finish) in enumerate(ended_runs(rest, experiment, pool, bar), done + 1):
+        bar.update()
+        try:
+            finish()
+            log(f"{run}  done ({n} of {len(runs)})")
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a process was killed, or out of memory; the same command with --resume does the "
+                "rest"
+            ) from error
+        except (Diverged, MemoryError, torch.OutOfMemoryError) as error:
+            failed += 1
+            log(f"failed: {run}: {first_line(error)}")
+    return failed
 
 
-def better_half(losses):
-    """The rates with the lower half of the losses; of those within 1 % of the best the larger,
-    which need fewer epochs.
+def tuning_runs(experiment):
+    """A run for each rate on each seed, of the models whose rate is chosen first."""
+    return [
+        Run(task, model, seed, rate, is_tuning=True)
+        for (task, model), given in experiment.rates.items()
+        for seed, rate in product(experiment.seeds, RATES)
+        if given is None
+    ]
+
+
+def chosen_rates(runs, folder):
+    """The rate with the lowest mean validation loss, by (task, model), and a table of the runs.
+
+    A run that failed counts as an infinite loss.
     """
-    large_first = losses.clip(lower=1.01 * losses.min()).sort_index(ascending=False)
-    return large_first.nsmallest(math.ceil(np.isfinite(losses).sum() / 2)).index
+    losses = []
+    for run in runs:
+        record = read_record(folder / f"runs/{run}.json")
+        losses.append(best_epoch(record["history"])["validation_loss"] if record else math.inf)
+    table = DataFrame(runs).drop(columns="is_tuning").assign(val_loss=losses)
+    cells = ["task", "model"]
+    means = table.groupby([*cells, "learning_rate"])["val_loss"].mean()
+    chosen = means.groupby(cells).idxmin().to_list()
+    keys = table[[*cells, "learning_rate"]].itertuples(index=False, name=None)
+    table["chosen"] = [key in chosen for key in keys]
+    return {(task, model): rate for task, model, rate in chosen}, table
 
 
-def tune_rates(experiment, tasks, grid):
-    """Each model's learning rate, by (task, model), and the table of the runs that it comes from.
-
-    Successive halving (Jamieson & Talwalkar 2016): the first seed tries the grid, the better half
-    of the rates goes on to the other seeds, and the lowest mean validation loss wins. A best rate
-    at the edge is followed outwards. A model's rate is None if a run failed other than by
-    divergence, for its rate may be the best, or if all diverged.
-    """
-    pairs = list(product(tasks, experiment.models))
-    seeds = experiment.seeds
-    of_each = len(grid) + math.ceil(len(grid) / 2) * (len(seeds) - 1)
-    seconds = of_each * sum(expected_seconds(Run(*pair, 0), experiment) for pair in pairs)
-    tell(
-        f"learning rates are chosen first, by about {of_each * len(pairs)} runs: "
-        f"{tqdm.format_interval(seconds / experiment.workers)}, if a run takes 20 epochs"
-    )
-    steps = (  # which rates are tried, given the losses of those before, and on which seeds
-        (lambda _: grid, seeds[:1]),
-        (rates_beyond, seeds[:1]),
-        (better_half, seeds),
-        (rates_beyond, seeds),
-    )
-    losses = dict.fromkeys(pairs)  # mean validation losses by rate
-    tried = {}  # what the history of each run says
-    failures = {}
-    for choose, seeds_of_step in steps:
-        while True:
-            new = []
-            for pair, of_pair in losses.items():
-                for rate, seed in product(choose(of_pair), seeds_of_step):
-                    run = Run(*pair, seed, rate, is_tuning=True)
-                    if run not in tried:
-                        new.append(run)
-            if not new:
-                break
-            failures.update(complete_runs(new, experiment))
-            records = read_records(experiment.folder, "runs/tuning")
-            for run in new:
-                tried[run] = best_of(records[run]["history"] if run in records else [])
-            table = DataFrame(tried.keys()).join(DataFrame(tried.values()))
-            for pair, rows in table.groupby(["task", "model"]):
-                by_seed = rows.pivot(index="learning_rate", columns="seed", values="val_loss")
-                # infinite where a rate diverged on a seed, or was not tried on all
-                losses[pair] = by_seed.mean(axis=1, skipna=False).fillna(math.inf)
-
-    incomplete = {
-        (run.task, run.model) for run, error in failures.items() if not isinstance(error, Diverged)
-    }
-    rates = dict.fromkeys(pairs)
-    for pair, of_pair in losses.items():
-        if pair not in incomplete and of_pair.min() < math.inf:
-            rates[pair] = of_pair.idxmin()
-    is_chosen = [rates[run.task, run.model] == run.learning_rate for run in tried]
-    for run, chosen in zip(tried, is_chosen):
-        if rates[run.task, run.model] and not chosen:  # its model is not needed any more
-            run.model_path(experiment.folder).unlink(missing_ok=True)
-    return rates, table.drop(columns="is_tuning").assign(chosen=is_chosen)
+def train_all(experiment, pool, bar):
+    """Choose the learning rates where that is asked for, then train; returns how many failed."""
+    folder = experiment.folder
+    rates = experiment.rates
+    tuning = tuning_runs(experiment)
+    if tuning:
+        train_runs(tuning, experiment, pool, bar)
+        chosen, table = chosen_rates(tuning, folder)
+        rates = rates | chosen
+        write_whole(folder / "pytorch_rnn_tuning.csv", table.to_csv(index=False))
+    runs = []
+    for task, seed in product(experiment.config, experiment.seeds):
+        runs.append(Run(task, BASELINES, seed))  # first, for they hold the test examples
+        runs += [Run(*key, seed, rate) for key, rate in rates.items() if key[0] == task]
+    present = sum((folder / f"runs/{run}.json").exists() for run in runs)
+    if present and not experiment.resume:
+        log(f"{present} finished runs are trained again; --resume would keep them")
+    return train_runs(runs, experiment, pool, bar)
 
 
 # ======================================================================================
@@ -3253,110 +2409,45 @@ def tune_rates(experiment, tasks, grid):
 # ======================================================================================
 # Tables are DataFrames. `examples`: `examples_table`; `scores`: `score_table`; `runs`: `run_table`.
 
-RUN_COLUMNS = [
-    "task",
-    "model",
-    "seed",
-    "learning_rate",
-    "parameters",
-    "recurrent_parameters",
-    "epochs",
-    "best_epoch",
-    "seconds",
-    "val_loss",
-    "test_loss",
-    "test_accuracy",
-    "test_mse",
-    "test_mae",
-]
-COST_COLUMNS = [
-    "task",
-    "model",
-    "parameters",
-    "recurrent_parameters",
-    "ms_per_step",
-    "samples_per_second",
-    "activation_bytes",
-    "kernel",
-]
-EXAMPLE_COLUMNS = ["truth", "text", "step", "role", "distance", "lag"]
+KEYS = ["task", "model", "seed"]
+RUN_COLUMNS = """task model seed learning_rate parameters recurrent_parameters epochs best_epoch
+    seconds val_loss test_loss test_accuracy test_mse test_mae""".split()
+EXAMPLE_COLUMNS = """task seed name kind example answer loss effect truth text step distance
+    lag""".split()
+COST_COLUMNS = """task model parameters recurrent_parameters ms_per_step samples_per_second
+    activation_bytes""".split()
+# the 97.5 % quantiles of Student's t with 1 to 9 degrees of freedom
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def examples_table(records):
     """A row per test example and per model, baseline or ceiling; every score is a view of it.
 
-    Columns: task, seed, name, kind, example, its answer, probability, loss and score; `unit`, one
-    unit of the targets; and of the example what `EXAMPLE_COLUMNS` names, as far as it is known.
+    The columns are EXAMPLE_COLUMNS: after `effect` what is known of the example. A run without the
+    record of the baselines, which holds the examples, is left out.
     """
     known = {(r["task"], r["seed"]): r["examples"] for r in records if "examples" in r}
-    parts = []
+    tables = {}
     for record in records:
-        of_seed = {key: record[key] for key in ("task", "seed", "unit")}
-        examples = known.get((record["task"], record["seed"]), {})
-        for name, answers in record["answers"].items():
-            parts.append(DataFrame({**of_seed, "name": name, **answers, **examples}))
-    table = pd.concat(parts).rename_axis("example").reset_index()
-    columns = table.columns.union(["probability", "effect", *EXAMPLE_COLUMNS], sort=False)
-    numbers = dict.fromkeys(["loss", "score", "effect", "distance", "lag"], "float32")
-    return table.reindex(columns=columns).astype(numbers)
+        key = record["task"], record["seed"]
+        if key in known:
+            for name, answers in record["answers"].items():
+                tables[*key, name] = DataFrame({**known[key], **answers})
+    table = pd.concat(tables, names=EXAMPLE_COLUMNS[:3]).rename_axis(index={None: "example"})
+    numbers = {"step": "Int64", **dict.fromkeys(["loss", "effect", "distance", "lag"], float)}
+    return table.reset_index().reindex(columns=EXAMPLE_COLUMNS).astype(numbers)
 
 
 def score_table(examples):
     """What each model, baseline and ceiling scores: task, name, kind, seed, metric, value."""
-    key = ["task", "name", "kind", "seed"]
-    rows = []
-    for (*group, unit), answers in examples.groupby([*key, "unit"], sort=False):
-        # contiguous, for a mean of float32 depends on the order in which NumPy adds
-        measured = np.array([answers["loss"], answers["score"]])
-        for metric, value in TASKS[group[0]].measure(*measured, unit).items():
-            rows.append((*group, metric, value))
-    return DataFrame(rows, columns=[*key, "metric", "value"])
-
-
-def run_table(records, scores, config):
-    """A row per trained model: its task's settings, its record, and what is counted from both.
-
-    Losses are those that training minimised: of scaled values in the forecaster. `capped`: training
-    was ended by the cap on epochs. `near_best`: epochs to within 1 % of the lowest validation loss.
-    """
-    tested = scores.pivot_table("value", ["task", "name", "seed"], "metric").add_prefix("test_")
-    rows = []
-    for record in records:
-        of_task = config[record["task"]]
-        title = TASKS[record["task"]].title
-        history = DataFrame(record["history"])
-        best = best_of(record["history"])
-        is_near = history["validation"].str["loss"] <= 1.01 * best["val_loss"]
-        near_best = is_near.argmax() + 1
-        rows.append(
-            {
-                **of_task,
-                **record,
-                **record["cost"],
-                **record["evidence"],
-                **best,
-                "title": f"{title}: {of_task['file']}" if of_task["file"] else title,
-                "parameters": sum(record["parts"].values()),
-                "recurrent_parameters": record["parts"]["recurrent"],
-                "clipped": history["clipped"].mean(),
-                "capped": best["epochs"] - best["best_epoch"] < of_task["patience"],
-                "seconds": round(history["seconds"].sum(), 1),
-                "near_best": near_best,
-                "seconds_to_near_best": history["seconds"][:near_best].sum(),
-                "activation_mib": record["cost"]["activation_bytes"] / 2**20,
-            }
-        )
-    return DataFrame(rows).join(tested, ["task", "model", "seed"])
-
-
-def history_table(runs):
-    """A row per run, epoch, split and metric."""
-    rows = []
-    for run in runs.itertuples():
-        for row, split in product(run.history, ("train", "validation")):
-            for metric, value in row[split].items():
-                rows.append((run.task, run.model, run.seed, row["epoch"], split, metric, value))
-    return DataFrame(rows, columns=["task", "model", "seed", "epoch", "split", "metric", "value"])
+    keys = ["task", "name", "kind", "seed"]
+    parts = []
+    for task, table in examples.groupby("task", sort=False):
+        metrics = (*TASKS[task].metrics, "loss")
+        values = table[keys].assign(**{metric: METRICS[metric].of(table) for metric in metrics})
+        means = values.groupby(keys, sort=False).mean().reset_index()
+        parts.append(means.melt(keys, var_name="metric"))
+    return pd.concat(parts, ignore_index=True)
 
 
 def summarise(scores):
@@ -3365,405 +2456,266 @@ def summarise(scores):
     return groups.agg(mean="mean", std="std", n="count").reset_index()
 
 
-def predictions_table(examples):
-    """A row per test example of a task and seed: the truth and the answers of all, side by side."""
-    known = examples.drop_duplicates("example").set_index("example")[EXAMPLE_COLUMNS]
-    wide = examples.pivot(index="example", columns="name", values=["answer", "probability"])
-    wide.columns = [name if kind == "answer" else f"{name} {kind}" for kind, name in wide]
-    return known.join(wide).dropna(axis="columns", how="all")
+def run_table(records, scores):
+    """A row per trained model: its record, and what is counted from it.
 
-
-def confusion(answers, labels, normalize=False):
-    """How often each label (K rows) was taken for each (K columns); or as `pd.crosstab` says."""
-    counts = pd.crosstab(answers["truth"], answers["answer"], normalize=normalize)
-    return counts.reindex(index=labels, columns=labels, fill_value=0)
-
-
-def label_scores(examples, labels):
-    """Precision, recall and F1 of each model by label, over the test splits of all seeds."""
-    tables = {}
-    for model, answers in examples.groupby("name", sort=False):
-        counts = confusion(answers, labels)
-        tested = counts.sum(axis=1).replace(0, math.nan)  # of a label never tested nothing is known
-        right = np.diag(counts)
-        table = DataFrame(
+    Losses are those that training minimised: of scaled values in the forecaster.
+    """
+    tested = scores.pivot_table("value", ["task", "name", "seed"], "metric")
+    tested = tested.reindex(columns=METRICS).add_prefix("test_")
+    rows = []
+    for record in records:
+        history = DataFrame(record["history"])
+        best = best_epoch(record["history"])
+        ms_per_step = history["ms_per_step"].median()
+        own = record["config"]["own"]
+        title = TASKS[record["task"]].title
+        rows.append(
             {
-                "precision": right / counts.sum().clip(lower=1),
-                "recall": right / tested,
-                "F1": 2 * right / (counts.sum() + tested),
+                **record,
+                "title": f"{title}: {own.rpartition(' (')[0]}" if own else title,
+                "parameters": sum(record["parts"].values()),
+                "recurrent_parameters": record["parts"]["recurrent"],
+                "epochs": len(history),
+                "best_epoch": best["epoch"],
+                "val_loss": best["validation_loss"],
+                "seconds": round(history["seconds"].sum(), 1),
+                "ms_per_step": round(ms_per_step, 2),
+                "samples_per_second": round(record["batch_size"] * 1000 / ms_per_step),
+                "activation_mib": record["activation_bytes"] / 2**20,
             }
         )
-        table.loc["mean of the labels"] = table.dropna().mean()
-        tables[model] = table
-    return pd.concat(tables, names=["model", "label"]).map("{:.3f}".format).reset_index()
+    return DataFrame(rows).join(tested, KEYS)
+
+
+def predictions_table(examples):
+    """A row per test example of a task and seed: the truth and the answers of all, side by side."""
+    known = examples.drop_duplicates("example").set_index("example")
+    known = known[["truth", "text", "step"]].dropna(axis="columns", how="all")
+    return known.join(examples.pivot(index="example", columns="name", values="answer"))
 
 
 # --- differences ----------------------------------------------------------------------
 
 
-@lru_cache
-def student_t(degrees):
-    """Angles from 0 to pi / 2, and the share of Student's t within +- sqrt(degrees) * tan(angle).
-
-    In these angles the density is cos(angle) ** (degrees - 1); by the trapezoidal rule.
-    """
-    angles = np.linspace(0, math.pi / 2, 100_001)
-    density = torch.tensor(np.cos(angles) ** (degrees - 1))
-    mass = torch.cumulative_trapezoid(density).numpy()  # up to the second angle, and so on
-    return angles, np.append(0, mass / mass[-1])
-
-
 def paired_difference(a, b):
-    """Mean of a - b, the ends of its 95 % interval, and its p value; of one seed the latter nan.
+    """Mean of a - b by seed, and the ends of the 95 % interval of its mean, nan for one seed.
 
     `a` and `b`: a quantity of each test example, by (seed, example). Data, weights and order of the
     batches are drawn anew with each seed, so the spread between seeds says how far other seeds
-    would move the difference; it counts as no smaller than that between examples within a seed,
-    for two or three seeds may agree by chance.
+    would move the difference (Student's t). The interval is no narrower than the test examples
+    alone leave it, for two or three seeds may agree by chance.
     """
-    by_seed = (a - b).dropna().groupby("seed")
-    means = by_seed.mean()
-    mean = means.mean()
-    n = len(means)
-    if n < 2:
-        return mean, math.nan, math.nan, math.nan
-    of_examples = math.sqrt((by_seed.var() / by_seed.size()).sum()) / n
-    error = max(means.sem(), of_examples, 1e-12)
-    angles, shares = student_t(n - 1)
-    scale = math.sqrt(n - 1)
-    half = scale * math.tan(np.interp(0.95, shares, angles)) * error
-    p = 1 - np.interp(math.atan(abs(mean / error) / scale), angles, shares)
-    return mean, mean - half, mean + half, p
-
-
-def holm(p):
-    """p values (a Series), the lowest first, adjusted for how many they are (Holm 1979)."""
-    ranked = p.dropna().sort_values()
-    return (ranked * np.arange(len(ranked), 0, -1)).cummax()
-
-
-def verdict(row):
-    """A row of `compare` in words; where neither is clearly better, the difference is a minus b."""
-    metric = next(m for m in TASKS[row.task].metrics if m.name == row.metric)
-    found = np.array([row.low, row.difference, row.high])
-    if metric.is_share:
-        found = 100 * found
-        places = 1
-        unit = "points"
-    else:
-        places = decimals(row.difference, (row.high - row.low) / 2)
-        unit = f"in {metric.label.partition(' (')[0]}"
-    words = f"{row.a} and {row.b}: no clear difference,"
-    if row.is_clear:
-        better, worse = row.a, row.b
-        if (row.difference > 0) != metric.higher_is_better:
-            better, worse = worse, better
-        words = f"{better} better than {worse} by"
-        if row.difference < 0:
-            found = -found[::-1]
-    low, mean, high = [f"{value:z.{places}f}" for value in found]
-    ends = "on one seed" if math.isnan(row.low) else f"[{low}, {high}]"
-    return f"{words} {mean} {unit} {ends}"
-
-
-def in_units(examples, metric):
-    """The test examples with `value`: what a metric is the mean of, in the user's units."""
-    value = examples[metric.source] * examples["unit"] ** metric.unit_power
-    return examples.assign(value=value)
+    differences = (a - b).dropna().unstack("seed")  # a row per example, a column per seed
+    by_seed = differences.mean()
+    error = np.max([by_seed.sem(), differences.mean(axis=1).sem()])  # nan for one seed
+    half = T_QUANTILES[min(len(by_seed), 10) - 2] * error
+    return by_seed, by_seed.mean() - half, by_seed.mean() + half
 
 
 def compare(examples):
-    """Paired differences of each two models, and of each with the best baseline.
+    """Paired differences a - b of each two models, and of each with the best baseline.
 
-    Of every metric that is a mean over test examples. For the first metric of the tasks, by which
-    the models are judged, `p` is adjusted by Holm's method over all these differences.
+    By the first metric of each task. `wins`: the seeds on which a is better; `verdict`: who is, if
+    the interval leaves out 0, else undecided; none on one seed.
     """
     rows = []
-    for name, of_task in examples.groupby("task", sort=False):
-        models = of_task.query("kind == 'model'")["name"].unique()
-        baselines = of_task.query("kind == 'baseline'")["name"].unique()
-        metrics = TASKS[name].metrics
-        for metric in metrics:
-            if metric.transform is not float:
-                continue
-            values = in_units(of_task, metric)
-            values = values.pivot(index=["seed", "example"], columns="name", values="value")
-            ranked = values[baselines].mean().sort_values(ascending=not metric.higher_is_better)
-            for a, b in [*combinations(models, 2), *product(models, ranked.index[:1])]:
-                found = paired_difference(values[a], values[b])
-                rows.append((name, metric.name, a, b, *found, metric is metrics[0]))
-    columns = ["task", "metric", "a", "b", "difference", "low", "high", "p", "is_primary"]
-    table = DataFrame(rows, columns=columns)
-    table = table.dropna(subset="difference")  # there is none without a common seed
-    table.update(holm(table.query("is_primary")["p"]))
-    table["is_clear"] = table["p"] < 0.05
-    table["verdict"] = [verdict(row) for row in table.itertuples()]
-    return table
+    for task, table in examples.groupby("task", sort=False):
+        name = TASKS[task].metrics[0]
+        sign = METRICS[name].sign
+        table = table.assign(value=METRICS[name].of(table))
+        values = table.pivot(index=["seed", "example"], columns="name", values="value")
+        names = table.groupby("kind")["name"].unique()
+        models = names.get("model", ())  # none if each failed
+        best = (sign * values[names["baseline"]].mean()).idxmax()
+        for a, b in [*combinations(models, 2), *product(models, [best])]:
+            by_seed, low, high = paired_difference(values[a], values[b])
+            wins = f"{(sign * by_seed > 0).sum()} of {len(by_seed)}"
+            verdict = "undecided" if len(by_seed) > 1 else ""
+            if low > 0 or high < 0:
+                verdict = f"{a if sign * low > 0 else b} better"
+            rows.append((task, name, a, b, by_seed.mean(), low, high, wins, verdict))
+    columns = "task metric a b difference low high wins verdict".split()
+    return DataFrame(rows, columns=columns)
+
+
+def unlearnt(runs, scores):
+    """The runs whose test loss is nearer to an answer without the input than to their median."""
+    blind = scores.query(
+        "metric == 'loss' and name in ['majority class', 'unigram', 'persistence']"
+    )
+    losses = blind.groupby("task")["value"].mean()
+    to_blind = runs["test_loss"] - runs["task"].map(losses)
+    to_median = runs["test_loss"] - runs.groupby(["task", "model"])["test_loss"].transform("median")
+    return runs[to_blind.abs() < to_median.abs()]
+
+
+# --- by distance ----------------------------------------------------------------------
+
+# by task: what `distance` or `lag` is, the lower ends of its intervals, and what the
+# effect of a change is
+DISTANCES = {
+    "classifier": ("words after the opinion that counts", (0, 10, 25, 50, 100)),
+    "predictor": ("words back to the subject", (2, 4, 5, 6, 7, 8)),
+    "forecaster": ("steps since a period switched", (0, 4, 8, 16, 32, 64)),
+}
+EFFECTS = {
+    "classifier": "rise in probability of the new label\nif that opinion is reversed",
+    "predictor": "rise in probability of the new favourite\nif the subject is exchanged",
+    "forecaster": "shift of the forecast, as a share\nof the shift of one value",
+}
+
+
+def distance_tables(examples):
+    """Scores, then effects of a change, by how far back what decides lies.
+
+    Rows of task, axis labels x and y, and a table with a row per interval and a column per name and
+    kind; only tables that hold something.
+    """
+    tables = []
+    for value, (task, table) in product(("score", "effect"), examples.groupby("task", sort=False)):
+        x_label, edges = DISTANCES[task]
+        metric = METRICS[TASKS[task].metrics[0]]
+        y_label = metric.label
+        column = "distance"
+        if value == "effect":
+            y_label = EFFECTS[task]
+            if table["lag"].notna().any():
+                x_label, edges, column = "steps back to the shifted value", LAGS, "lag"
+        table = table.assign(
+            score=metric.scale * metric.of(table),
+            start=pd.cut(table[column], [*edges, math.inf], right=False, labels=edges),
+        )
+        means = table.pivot_table(value, "start", ["name", "kind"], observed=True, sort=False)
+        if len(means):
+            tables.append((task, f"{x_label} (from)", y_label, means.sort_index()))
+    return tables
 
 
 # --- for people -----------------------------------------------------------------------
 
 NOTES = """\
 The same training for all cells, each at its own learning rate. Each seed draws its own data, or
-the splits of a user's reviews; a user's text or series is always cut at the same places. Test
-results are means ± standard deviations over the seeds. A ceiling is the best that is possible on
-generated data. Brackets hold 95 % intervals of the paired difference over seeds (Student's t, no
-narrower than the test examples alone leave it), where none is better the first minus the second.
-In a task's first metric a difference is called clear if it survives Holm's correction over all
-that are listed. Seconds are those of a run's training, with other runs beside it."""
-COSTS_NOTE = """Time of a step, the models taking turns on the same batches if one command
-trained them; activations: what the forward pass on a full batch of the longest possible examples
-keeps for the backward pass. The kernel is the implementation of the recurrent layer that ran:
-times compare kernels as much as cells."""
+the splits of a user's reviews; a user's text or series is always cut at the same places. Results
+are those on the test part, mean ± standard deviation over the seeds. A ceiling is the best that is
+possible on generated data. A difference is the mean over the seeds of a - b, with its 95 %
+interval; of twenty such intervals one is wrong by chance. Seconds and times of a step are those
+of training, with other runs beside it; on a CPU PyTorch has a fused kernel for the LSTM only."""
 
 
-def decimals(value, spread=math.nan):
-    """The decimal places that a value's spread deserves; without a spread, three digits.
-
-    A spread deserves two digits if it begins with 1 to 3.54, else one (Particle Data Group 2024,
-    section 5.3).
-    """
-    has_spread = spread > 1e-9 * abs(value)
-    shown = spread if has_spread else abs(value)
-    if not 0 < shown < math.inf:
-        return 0
-    exponent = math.floor(math.log10(shown))
-    digits = 3
-    if has_spread:
-        digits = 2 if shown / 10**exponent < 3.55 else 1
-    return max(0, digits - 1 - exponent)
+def decimals(spread):
+    """The decimal places that show two digits of a spread."""
+    return max(0, 1 - math.floor(math.log10(spread)))
 
 
-def show(mean, std=math.nan, is_share=False):
-    """'0.039 ± 0.005', '76.1 % ± 1.2', '110': a number with the digits that its spread supports."""
-    if is_share:
-        number = f"{100 * mean:z.1f} %"
-        spread = f"{100 * std:.1f}"
-    else:
-        places = decimals(mean, std)
-        number = f"{mean:z.{places}f}"
-        spread = f"{std:.{places}f}"
-    return f"{number} ± {spread}" if float(spread) > 0 else number
+def show(mean, std):
+    """A number with two digits of its spread; without a spread, three digits."""
+    if std > 1e-9 * abs(mean):
+        return f"{mean:.{decimals(std)}f} ± {std:.{decimals(std)}f}"
+    return f"{mean:.{decimals(mean / 10 or 1)}f}"
 
 
-def by_distance(task, examples):
-    """Means by distance, of the task's first metric and of the effect of a change: two tables.
-
-    A row per interval of the task's edges, a column per name and kind of who answers.
-    """
-    examples = in_units(examples, task.metrics[0])
-    labels = []
-    for low, high in pairwise(task.edges):
-        several = f"{low}-{high - 1}".replace("-inf", "+")
-        labels.append(f"{low}" if high == low + 1 else several)
-    tables = []
-    for value, distance in (("value", "distance"), ("effect", task.effect_by)):
-        intervals = pd.cut(examples[distance], task.edges, right=False, labels=labels)
-        table = examples.pivot_table(value, intervals, ["name", "kind"], observed=True, sort=False)
-        tables.append(table.sort_index())
-    return tables
+def summary_table(task, summary):
+    """The results of a task for people: a row per name, a column per metric."""
+    table = summary.query("task == @task").drop_duplicates("name")[["name", "kind"]]
+    for metric in TASKS[task].metrics:
+        rows = summary.query("task == @task and metric == @metric")
+        scaled = METRICS[metric].scale * rows[["mean", "std"]]
+        table[METRICS[metric].label] = [show(*row) for row in scaled.to_numpy()]
+    return table
 
 
-def distance_text(task, examples):
-    """Tables by distance: score, effect of a change, and the latter by who speaks or what comes."""
-    scores, effects = by_distance(task, examples)
-    tables = {
-        f"By {task.distance}, {task.metrics[0].label}": scores,
-        f"By {task.change_place}, {' '.join(task.effect_label.split())}": effects,
-    }
-    for role, of_role in examples.groupby("role"):
-        tables[f"The same, {role}"] = by_distance(task, of_role)[1]
-    parts = []
-    for title, table in tables.items():
-        if len(table):  # else it is not known
-            cells = table.T.map(show, na_action="ignore").fillna("").rename(columns=str)
-            parts.append(f"{title}:\n\n{markdown(cells.reset_index())}")
-    return "\n\n".join(parts)
+def verdict_table(comparisons):
+    """The differences of a task for people."""
+    metric = METRICS[comparisons["metric"].iloc[0]]
+    scaled = metric.scale * comparisons[["difference", "low", "high"]]
+    rows = []
+    for row, (mean, low, high) in zip(comparisons.itertuples(), scaled.to_numpy()):
+        places = decimals((high - low) / 4) if low < high else 3
+        interval = f"[{low:z.{places}f}, {high:z.{places}f}]" if row.verdict else "none on one seed"
+        rows.append((f"{row.a} - {row.b}", f"{mean:z.{places}f}", interval, row.wins, row.verdict))
+    columns = ["difference", metric.label, "95 % interval", "seeds won", "verdict"]
+    return DataFrame(rows, columns=columns)
 
 
-def markdown(table):
-    """A table in Markdown, its columns aligned."""
-    columns = []
-    for name, cells in table.astype(str).replace({r"\|": r"\\|", r"\s+": " "}, regex=True).items():
-        width = max(map(len, [name, *cells]))
-        columns.append([cell.ljust(width) for cell in (name, "-" * width, *cells)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns))
-
-
-def facts_text(facts):
-    """What is known of the data, in a line."""
-    shown = [
-        f"{name} {value:,.0f}" if value == int(value) else f"{name} {show(value)}"
-        for name, value in facts.items()
-    ]
-    return ", ".join(shown)
-
-
-def answer(task, runs, scores, comparisons):
-    """What a user asked of their own data: which model is best, and whether it is worth it."""
-    metric = task.metrics[0]
-    ranked = summarise(scores.query("metric == @metric.name"))
-    ranked = ranked.sort_values("mean", ascending=not metric.higher_is_better)
-    shown = {}
-    for row in ranked.itertuples():
-        shown[row.name] = f"{row.name} ({show(row.mean, row.std, metric.is_share)})"
-    names = ranked.groupby("kind")["name"].agg(list)
-    best = names["model"][0]
-    baseline = names["baseline"][0]
-    found = comparisons.query("is_clear and metric == @metric.name")
-    clear = [set(pair) for pair in found[["a", "b"]].to_numpy()]
-    alike = [name for name in names["model"] if {name, best} not in clear]
-    said = f"the {shown[best]} is best"
-    if len(alike) > 1:
-        best = runs[runs["model"].isin(alike)].groupby("model")["seconds"].mean().idxmin()
-        models = ", ".join(shown[name] for name in alike)
-        said = f"{models} do not differ clearly, and the {best} takes least time"
-    relation = "not clearly better"
-    if {best, baseline} in clear:
-        order = list(shown)
-        relation = "better" if order.index(best) < order.index(baseline) else "worse"
-    advice = "" if relation == "better" else ": use the latter, or more data"
-    said = f"{said}; it is {relation} than {shown[baseline]}{advice}"
-    return f"On {runs['file'].iloc[0]}, by {metric.label}: {said}."
-
-
-def task_text(task, baselines, runs, examples, scores, comparisons):
-    """One task's results in Markdown; all arguments are of this task.
-
-    `baselines`: their records, which also say what is known of the data.
-    """
-    question = task.question
-    if runs["file"].notna().any():
-        question = answer(task, runs, scores, comparisons) if baselines else ""
-
-    # scores, and how the models came to them
-    summary = summarise(scores)
-    cells = summary.drop_duplicates("name")[["name", "kind"]]
-    for metric in task.metrics:
-        rows = summary.query("metric == @metric.name")[["mean", "std"]]
-        cells[metric.name] = [show(*row, metric.is_share) for row in rows.to_numpy()]
-    models = runs.groupby("model", sort=False)
-    training = models[["best_epoch", "epochs", "seconds"]].mean().map("{:.1f}".format)
-    training["clipped steps"] = models["clipped"].mean().map("{:.0%}".format)
-    for name in ("learning_rate", "seed"):
-        training[name] = models[name].agg(lambda values: ", ".join(map(str, values.unique())))
-
-    # verdicts, and what may mislead
-    sentences = list(comparisons["verdict"])
-    if comparisons["low"].isna().any():
-        sentences.append("One seed supports no ranking")
-    score = examples.groupby("name")["score"].mean()
-    for model, rates in models["learning_rate"]:
-        if score[model] <= score.get(MAJORITY, -math.inf) + 0.01:
-            sentences.append(f"{model} knows little more than how frequent the labels are")
-        if rates.nunique() > 1:
-            sentences.append(f"The means of {model} mix runs at different learning rates")
-    if runs["capped"].any():
-        sentences.append(
-            f"{runs['capped'].sum()} of {len(runs)} runs ended at the cap on epochs, perhaps too "
-            "soon: see --epochs"
-        )
-    for record in baselines:
-        sentences.extend(f"Note: {doubt}" for doubt in record["doubts"])
-
-    parts = [
-        f"## {runs['title'].iloc[0]}",
-        question,
-        markdown(cells),
-        markdown(training.reset_index()),
-        "\n".join(f"- {sentence}." for sentence in dict.fromkeys(sentences)),
-        distance_text(task, examples),
-    ]
-    labels = runs["labels"].iloc[0]
-    if labels:
-        table = label_scores(examples.query("kind == 'model'"), labels)
-        parts.append(f"{markdown(table)}\n\nThe mean recall is the balanced accuracy.")
-    for record in baselines[:1]:
-        parts.append(f"The data of seed {record['seed']}: {facts_text(record['facts'])}.")
-    return "\n\n".join(part for part in parts if part)
-
-
-# --- what is commonly said ------------------------------------------------------------
-
-
-def mean_curves(runs, name):
-    """The mean over seeds of a list in the evidence, its elements counted from 1.
-
-    A column per model, a row per element.
-    """
-    lists = runs.set_index("model")[name].apply(Series)  # they may differ in length
-    return lists.groupby("model", sort=False).mean().T.rename(lambda i: i + 1)
+# what textbooks say, by column of `run_table`
+CLAIMS = {
+    "recurrent_parameters": "RNN < GRU < LSTM",
+    "activation_mib": "RNN < GRU < LSTM",
+    "ms_per_step": "RNN < GRU < LSTM",
+    "best_epoch": "LSTM < GRU < RNN",
+    "test_accuracy": "RNN < GRU < LSTM",
+}
 
 
 def common_claims(runs):
-    """What textbooks say of the three cells, and what was measured on generated data.
-
-    A row per claim; none for a user's data, nor unless all three cells did all three tasks on two
-    seeds or more.
-    """
-    cells = list(DEFAULT_MODELS)
-    runs = runs[runs["model"].isin(cells)]
-    groups = runs.groupby(["task", "model"])
-    counts = groups.size()
-    if len(counts) < len(TASKS) * len(cells) or counts.min() < 2 or runs["file"].notna().any():
-        return DataFrame()
+    """What is commonly said of the cells, and the order of the means that were measured."""
     rows = []
+    for column, said in CLAIMS.items():
+        for task, means in runs.pivot_table(column, "task", "model", sort=False).iterrows():
+            measured = " ≤ ".join(means.dropna().sort_values(kind="stable").index)
+            rows.append((column, task, said, measured))
+    return DataFrame(rows, columns=["what", "task", "said", "measured"])
 
-    def add(said, measured, holds):
-        rows.append({"said": said, "measured": measured, "holds": "yes" if holds else "no"})
 
-    sizes = groups["recurrent_parameters"].first()["classifier"][cells]
-    add(
-        "recurrent parameters: about 15K (RNN), 45K (GRU), 60K (LSTM)",
-        ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
-        np.allclose(sizes, [15_000, 60_000, 45_000], rtol=0.03),
-    )
-    convergence = "convergence: LSTM before GRU before RNN"
-    by_size = ["RNN", "GRU", "LSTM"]
-    for said, column, order in (
-        ("memory: RNN < GRU < LSTM (MiB a batch)", "activation_mib", by_size),
-        ("time a step: RNN < GRU < LSTM (ms)", "ms_per_step", by_size),
-        (f"{convergence} (epochs to within 1 % of the lowest loss)", "near_best", by_size[::-1]),
-        (f"{convergence} (seconds to the same)", "seconds_to_near_best", by_size[::-1]),
-    ):
-        table = runs.pivot_table(column, "task", "model")[order]
-        measured = []
-        for task, values in table.iterrows():
-            ranked = [f"{name} {value:.3g}" for name, value in values.sort_values().items()]
-            measured.append(f"{task} {', '.join(ranked)}")
-        rises = table.diff(axis="columns")[order[1:]] > 0
-        add(said, "; ".join(measured), rises.all(axis=None))
-    accuracy = 100 * groups["test_accuracy"].mean()
-    for task, cell, low, high in (
-        ("classifier", "LSTM", 75, 85),
-        ("classifier", "GRU", 70, 80),
-        ("classifier", "RNN", 60, 70),
-        ("predictor", "LSTM", 40, 60),
-    ):
-        value = accuracy[task, cell]
-        add(f"{task}: {cell} {low} to {high} % right", f"{value:.1f} %", low <= value <= high)
-    shares = []
-    for name in ("initial_gradient", "gradient"):
-        curve = mean_curves(runs.query("task == 'classifier'"), name)["RNN"]
-        shares.append(curve.iloc[:101].iloc[-1] / curve.iloc[0])
-    add(
-        "the RNN's gradient vanishes over 100 words (share of the gradient at the last word)",
-        f"before training {shares[0]:.2g}, after it {shares[1]:.2g}",
-        max(shares) < 0.01,
-    )
-    return DataFrame(rows)
+def findings(results, records):
+    """What was found, for page and terminal: heading -> sentences and tables."""
+    notes = dict.fromkeys(note for record in records for note in record.get("notes", ()))
+    report = {"Notes on the data": list(notes)} if notes else {}
+    failures = unlearnt(results.runs, results.scores)
+    for (task, title), _ in results.runs.groupby(["task", "title"], sort=False):
+        comparisons = results.comparisons.query("task == @task")
+        best = comparisons["b"].iloc[-1]  # of the baselines
+        is_shown = results.summary["name"].eq(best) | results.summary["kind"].ne("baseline")
+        parts = [summary_table(task, results.summary[is_shown]), verdict_table(comparisons)]
+        if title == TASKS[task].title:
+            parts.insert(0, TASKS[task].question)  # of the generated data
+        for run in failures.query("task == @task").itertuples():
+            parts.append(f"{run.model}, seed {run.seed}: did not learn what its other seeds did.")
+        report[title] = parts
+    return report
+
+
+def details(results, records):
+    """The long tables of the report."""
+    parts = []
+    for task in results.runs["task"].unique():
+        parts += [TASKS[task].title, summary_table(task, results.summary)]
+    training = ["learning_rate", "best_epoch", "epochs", "seconds", "ms_per_step"]
+    means = results.runs.groupby(["task", "model"], sort=False)[training].mean()
+    parts += ["Training, mean over the seeds", means.reset_index()]
+    for task, x_label, y_label, table in distance_tables(results.examples):
+        label = y_label.replace("\n", " ")
+        shown = table.droplevel("kind", axis=1).T.map("{:.3g}".format)
+        parts += [f"{TASKS[task].title}: {label}, by {x_label}", shown.reset_index()]
+    parts += ["What is commonly said, and the means in order", common_claims(results.runs)]
+    environments = DataFrame(record["environment"] for record in records)
+    return [*parts, environments.drop_duplicates(), NOTES]
 
 
 # ======================================================================================
 # Figures
 # ======================================================================================
-# Each is made from the tables alone; `models` are the first run of each model and task.
+
+
+class Results(NamedTuple):
+    """What `run` returns, and what the figures are made from."""
+
+    runs: DataFrame  # a row per trained model
+    history: DataFrame  # a row per run and epoch
+    scores: DataFrame  # a row per task, name, kind, seed and metric
+    summary: DataFrame  # a row per task, name, kind and metric: mean and deviation over seeds
+    comparisons: DataFrame  # a row per difference
+    examples: DataFrame  # a row per test example and per model, baseline or ceiling
+    tuning: DataFrame  # a row per run of the choice of learning rates
+    figures: Mapping = {}  # by the names of their files, without what all begin with
+    failed: int = 0  # how many runs and files failed; each was named
+
 
 GREY = "#777777"
 PARTS = {"embedding": "", "recurrent": "////", "head": "...."}  # of a model, with their hatches
 STYLE = {
     "font.size": 9,
-    "lines.markersize": 5,
     "figure.dpi": 120,
     "legend.frameon": False,
     "text.parse_math": False,  # names of labels and files may hold dollars
@@ -3771,548 +2723,471 @@ STYLE = {
     "axes.grid": True,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "axes.titlesize": 10,
     "axes.spines.top": False,
+    "axes.ymargin": 0.1,  # room for the marks of the first and the last row
     "axes.spines.right": False,
 }
 
 
 def colour(name):
-    """The colour of a model, the same in every figure; a matched one's is paler. Else grey."""
-    cell = CELLS.get(cell_name(name))
-    return to_rgba(cell.colour if cell else GREY, 0.5 if name.endswith(MATCHED) else 1.0)
+    """The colour of a model, the same in every figure; grey for all else."""
+    return CELLS[name].colour if name in CELLS else GREY
 
 
-def new_figure(width, height, rows, columns=1, **options):
+def new_figure(width, height, rows, columns, **options):
     """A figure, its size in inches, and its axes (rows, columns)."""
     figure = Figure(figsize=(max(width, 7.2), height), layout="constrained")  # titles need room
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat:
+        axes.locator_params(axis="x", integer=True)  # epochs and steps are whole
+    return figure, grid
 
 
-def finish(figure, title, models=()):
-    """The figure with its title and, below it, the colours of the models."""
-    figure.suptitle(title)
-    if len(models):
-        lines = [Line2D([], [], color=colour(name), label=name) for name in models]
-        figure.legend(handles=lines, loc="outside lower center", ncols=7)
-    return figure
-
-
-def plain_ticks(axis):
-    """Ticks at 1, 2 and 5 of every decade of a logarithmic axis, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
+def use_factors(axis):
+    """Plain numbers at 1 and 3 of every decade of a logarithmic axis."""
+    axis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}")
     axis.axes.minorticks_off()
-
-
-def draw_lines(axes, table, style="-", **look):
-    """A line per column of a table, in the colour of the model of that name."""
-    for name, values in table.items():
-        axes.plot(values, style, color=colour(name), label=name, **look)
 
 
 def bar_panel(axes, table, labels=None, **settings):
     """A bar per model (row), stacked of its parts (columns), with a label or its size behind it."""
     left = 0
+    shades = table.index.map(colour)
     for part, sizes in table.items():
-        bars = axes.barh(
-            table.index,
-            sizes,
-            left=left,
-            color=table.index.map(colour),
-            hatch=PARTS.get(part),
-            edgecolor="white",
-        )
+        bars = axes.barh(table.index, sizes, left=left, color=shades, hatch=PARTS.get(part))
         left = left + sizes
     axes.bar_label(bars, labels, fmt="%.3g", padding=3)
     axes.set_ylim(len(table) - 0.25, -0.75)  # a bar alone is no wider than among others
     axes.grid(visible=False)
-    axes.margins(x=1.1)  # room for the labels
+    axes.margins(x=0.45)  # room for the labels
     axes.set(**settings)
 
 
-def training_history_figure(runs, history, task):
-    """Loss and metric by epoch: a column per model, a line per seed."""
-    models = runs["model"].unique()
+def history_figure(results, task):
+    """Loss and score by epoch: a column per model, a line per seed."""
+    history = results.history.query("task == @task")
+    if history.empty:
+        return None
+    models = history.groupby("model", sort=False)
     width = 3.2 * len(models) + 0.8
-    figure, grid = new_figure(width, 5.8, 2, len(models), sharex=True, sharey="row")
-    history = history.merge(runs)  # by task, model and seed
-    for row, metric in zip(grid, task.metrics):  # the first two
-        curves = history.query("metric == @metric.name")
-        values = curves["value"]
-        usual = values.quantile(0.98)
-        if values.max() > 5 * usual:  # a cell that explodes at first would flatten all others
-            row[0].set_ylim(0.9 * values.min(), 1.1 * usual)
-        for axes, model in zip(row, models):
-            shade = colour(model)
-            own = curves.query("model == @model")
-            by_seed = own.pivot_table("value", "epoch", ["split", "seed"])
-            axes.plot(by_seed["train"], ".:", color=shade, markersize=2)
-            axes.plot(by_seed["validation"], ".-", color=shade, markersize=2)
-            kept = own.query("split == 'validation' and epoch == best_epoch")
-            axes.plot(kept["epoch"], kept["value"], "o", color=shade)
-            axes.set_title(model, color=shade)
-            axes.set(xlabel="epoch", ylabel=metric.label)
+    figure, grid = new_figure(width, 5.6, 2, len(models), sharex=True, sharey="row")
+    for name, row in zip(("loss", TASKS[task].score_name), grid):
+        metric = METRICS[name]
+        for (model, own), axes in zip(models, row):
+            for split, style in (("train", ":"), ("validation", "-")):
+                curves = own.pivot(index="epoch", columns="seed", values=f"{split}_{name}")
+                axes.plot(metric.scale * curves, style, color=colour(model))
+            kept = own.loc[own.groupby("seed")["validation_loss"].idxmin()]
+            values = metric.scale * kept[f"validation_{name}"]
+            axes.plot(kept["epoch"], values, "o", color=colour(model))
+            axes.set(title=model, xlabel="epoch", ylabel="loss" if name == "loss" else metric.label)
+            if metric.sign < 0:  # a run that starts badly must not flatten the others
+                axes.set_yscale("log")
+                use_factors(axes.yaxis)
             axes.label_outer()
-            axes.locator_params("x", integer=True, min_n_ticks=1)
-    marks = "dotted: training, running mean over the epoch; solid: validation; dot: weights kept"
-    return finish(figure, f"{runs['title'].iloc[0]}: a line per seed\n({marks})")
+    return figure
 
 
-def forecasts_figure(runs, _examples):
-    """Forecasts and truth, one step ahead and free-running, and the latter's error by horizon."""
-    models = runs.drop_duplicates("model")
-    figure, grid = new_figure(11, 2.1 * len(models) + 3, len(models) + 1, 2)
-    kinds = {
-        "": "test example, in order of time (forecast one step ahead)",
-        "free_": "steps after the last observed value (free-running: forecasts fed back)",
-    }
-    for axes, (run, kind) in zip(grid.flat, product(models.itertuples(), kinds)):
-        shade = colour(run.model)
-        truth = getattr(run, f"{kind}truth")
-        steps = range(1, len(truth) + 1)
-        axes.plot(steps, truth, ".", color=GREY)
-        axes.plot(steps, getattr(run, f"{kind}forecast"), color=shade)
-        axes.set_title(f"{run.model}, seed {run.seed}", color=shade)
-        axes.set(xlabel=kinds[kind], ylabel="value (series units)")
-
-    errors, place = grid[-1]
-    draw_lines(errors, mean_curves(runs, "free_mse"))
-    draw_lines(errors, mean_curves(runs.assign(model="persistence"), "persistence_mse"))
-    variance = runs["variance"].mean()
-    errors.axhline(variance, color=GREY, linestyle="--", label="variance of the test part")
-    errors.set(
-        title="Free-running error, mean over seeds",
-        xlabel="steps ahead",
-        ylabel="MSE (series units²)",
-        ylim=(0, None),
-    )
-    place.legend(handles=errors.lines, loc="center left")
-    place.axis("off")
-    return finish(figure, f"{runs['title'].iloc[0]}: forecasts (lines) against the truth (dots)")
+def forecasts_figure(results):
+    """Forecasts and truth, one step ahead and free-running, and the latter's error by steps."""
+    models = results.runs.query("task == 'forecaster'").groupby("model", sort=False)
+    if not len(models):
+        return None
+    figure, grid = new_figure(14, 2.3 * len(models) + 0.6, len(models), 3, sharey="col")
+    for (model, own), (one_step, free, errors) in zip(models, grid):
+        first = own["forecasts"].iloc[0]
+        for axes, kind in ((one_step, ""), (free, "free_")):
+            steps = range(1, len(first[f"{kind}truth"]) + 1)
+            axes.plot(steps, first[f"{kind}truth"], ".", color=GREY)
+            axes.plot(steps, first[f"{kind}forecast"], color=colour(model))
+            axes.set(title=model, ylabel="value (series units)")
+        for name, shade in (("persistence_mse", GREY), ("free_mse", colour(model))):
+            means = np.mean([each[name] for each in own["forecasts"]], axis=0)
+            errors.plot(steps, means, color=shade)
+        one_step.set_xlabel("test example, forecast one step ahead")
+        free.set_xlabel("steps ahead, forecasts fed back")
+        errors.set(xlabel="steps ahead, mean over seeds", ylabel="MSE (series units²)", ylim=0)
+    return figure
 
 
-def parameters_figure(models):
+def parameters_figure(results):
     """Parameters by part, each model of each task."""
+    models = results.runs.drop_duplicates(["task", "model"])
     tasks = models.groupby(["title", "seed"], sort=False)  # vocabularies differ from seed to seed
-    figure, grid = new_figure(9, 1.9 * len(tasks) + 0.8, len(tasks))
-    for axes, ((title, seed), table) in zip(grid.flat, tasks):
-        bar_panel(
-            axes,
-            DataFrame(list(table["parts"]), table["model"]),
-            [
-                f"{run.parameters:,} (recurrent {run.recurrent_parameters:,})"
-                for run in table.itertuples()
-            ],
-            title=f"{title}, seed {seed}",
-            xlabel="trainable parameters",
-            xmargin=0.35,
-        )
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-    title = "Parameters of the embedding (plain), the recurrent layer (striped), the head (dotted)"
-    return finish(figure, title)
+    figure, grid = new_figure(9, 1.9 * len(tasks) + 0.6, len(tasks), 1)
+    for (key, table), axes in zip(tasks, grid.flat):
+        counts = table[["parameters", "recurrent_parameters"]].to_numpy()
+        labels = ["{:,} (recurrent {:,})".format(*row) for row in counts]
+        parts = DataFrame(list(table["parts"]), table["model"])
+        bar_panel(axes, parts, labels, title="{}, seed {}".format(*key), xlabel="parameters")
+    return figure
 
 
-def architectures_figure(models):
-    """A strip of boxes per model: its layers in order, with settings, output shape and weights."""
-    width = models["layers"].map(len).max()
-    figure, grid = new_figure(1.75 * width, len(models) + 0.6, len(models))
-    left_out = r", (batch_first|inplace|bias|padding_idx)=\w+|\w+_features="
-    for axes, run in zip(grid.flat, models.itertuples()):
-        shade = colour(run.model)
-        axes.set_title(f"{run.model} {run.task}, seed {run.seed}", color=shade)
-        axes.set_xlim(-1, width - 0.5)
+def architectures_figure(results):
+    """A box per model: its layers from input to output, with settings, output shape and weights."""
+    models = results.runs.drop_duplicates(["task", "model"])
+    tasks = models.groupby("task", sort=False)
+    columns = tasks.size().max()
+    height = 3.2 * len(tasks) + 0.4
+    figure, grid = new_figure(2.7 * columns, height, len(tasks), columns)
+    for axes in grid.flat:
         axes.axis("off")
-        for x, layer in enumerate(run.layers):
-            settings = re.sub(left_out, "", layer["settings"])
-            call = f"{layer['kind']}({settings})".replace("Recurrent()", "last state")
-            shape = ", ".join(map(str, layer["shape"]))
-            axes.annotate(
-                f"{call}\n→ (B, {shape})\n{layer['parameters']:,} weights",
-                xy=(x - 1, 0.5),  # the arrow begins behind the box before
-                xytext=(x, 0.5),
-                zorder=-x,
-                ha="center",
-                va="center",
-                fontsize=7.5,
-                bbox={"boxstyle": "round,pad=0.4", "edgecolor": shade, "facecolor": "white"},
-                arrowprops={"arrowstyle": "<-", "color": GREY},
-            )
-    return finish(figure, "Architectures, drawn from the live models (B: batch)")
+    for (task, own), row in zip(tasks, grid):
+        for run, axes in zip(own.itertuples(), row):
+            box = {"boxstyle": "round", "edgecolor": colour(run.model), "facecolor": "white"}
+            layers = "\n↓\n".join(run.layers)
+            axes.text(0.5, 0.95, layers, ha="center", va="top", fontsize=7.5, bbox=box)
+            axes.set_title(f"{run.model} {task}, seed {run.seed}", loc="center")
+    return figure
 
 
-def performance_figure(scores, runs):
+def performance_figure(results):
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
-    markers = {"model": "o", "baseline": "D", "ceiling": "|"}
-    tasks = runs.groupby("task", sort=False)
+    tasks = results.runs.groupby("task", sort=False)
     height = 2.5 * len(tasks) + 0.6
     figure, grid = new_figure(14, height, len(tasks), 4, width_ratios=[2.2, 1, 1, 1])
-    for (test, training, step, memory), (task, of_task) in zip(grid, tasks):
-        metric = TASKS[task].metrics[0]
-        summary = summarise(scores.query("task == @task and metric == @metric.name"))
-        for row in summary.itertuples():
-            test.errorbar(
-                row.mean,
-                row.name,
-                xerr=row.std,
-                fmt=markers[row.kind],
-                color=colour(row.name),
-                capsize=3,
-            )
-        test.invert_yaxis()
-        test.set(title=of_task["title"].iloc[0], xlabel=f"test {metric.label}")
-        if not metric.higher_is_better:  # errors differ by factors
+    costs = {
+        "seconds": "training (s per run)",
+        "ms_per_step": "step of training (ms)",
+        "activation_mib": "activations of the\nlongest batch (MiB)",
+    }
+    for (task, runs), (test, *panels) in zip(tasks, grid):
+        first = TASKS[task].metrics[0]
+        metric = METRICS[first]
+        scores = results.scores.query("task == @task and metric == @first")
+        for (name, kind), values in scores.groupby(["name", "kind"], sort=False)["value"]:
+            values = metric.scale * values
+            if kind == "ceiling":
+                test.axvline(values.mean(), color=GREY, linestyle="--")
+            test.plot(values, [name] * len(values), ".", color=colour(name))
+            test.plot(values.mean(), name, "|", color=colour(name), markersize=13)
+        if metric.sign < 0:  # errors differ by factors
             test.set_xscale("log")
-            plain_ticks(test.xaxis)
-
-        costs = of_task.drop_duplicates("model").set_index("model")
-        steps = [f"{run.ms_per_step:.3g} {run.kernel}" for run in costs.itertuples()]
-        activations = "activations of the\nlongest batch (MiB)"
-        seconds = of_task.groupby("model", sort=False)[["seconds"]].mean()
-        bar_panel(training, seconds, xlabel="training (s per run)")
-        bar_panel(step, costs[["ms_per_step"]], steps, xlabel="step (ms), kernel")
-        bar_panel(memory, costs[["activation_mib"]], xlabel=activations)
-    title = "Test: mean ± standard deviation over seeds (diamonds: baselines, bar: ceiling), costs"
-    return finish(figure, title)
+            use_factors(test.xaxis)
+        test.invert_yaxis()
+        test.set(title=runs["title"].iloc[0], xlabel=f"test {metric.label}")
+        means = runs.groupby("model", sort=False)[[*costs]].mean()
+        for (column, label), axes in zip(costs.items(), panels):
+            bar_panel(axes, means[[column]], xlabel=label)
+    return figure
 
 
-def learning_rates_figure(table):
-    """Validation loss by learning rate, a line per model through the means over seeds."""
-    tasks = table.groupby("task", sort=False)
+def learning_rates_figure(results):
+    """Validation loss by rate: each run, and the mean over the seeds that all rates share."""
+    if results.tuning.empty:
+        return None
+    tasks = results.tuning.groupby("task", sort=False)
     figure, grid = new_figure(4.2 * len(tasks), 4, 1, len(tasks))
-    for axes, (task, runs) in zip(grid.flat, tasks):
-        losses = runs.pivot_table("val_loss", "learning_rate", "model")
-        chosen = runs.query("chosen").pivot_table("val_loss", "learning_rate", "model")
-        draw_lines(axes, losses, "o-")
-        draw_lines(axes, chosen, "o", markersize=11, fillstyle="none")
-        axes.scatter(runs["learning_rate"], runs["val_loss"], 9, runs["model"].map(colour))
-        axes.set(
-            title=TASKS[task].title,
-            xlabel="learning rate",
-            ylabel="validation loss",
-            xscale="log",
-        )
-        axes.set_xticks(losses.index, losses.index)
-        axes.minorticks_off()
-    title = "Learning rates by validation loss: each seed (dots), their mean, the chosen (circles)"
-    return finish(figure, title, table["model"].unique())
+    for (task, runs), axes in zip(tasks, grid.flat):
+        for model, own in runs.groupby("model", sort=False):
+            losses = own.pivot(index="learning_rate", columns="seed", values="val_loss")
+            means = losses.dropna(axis=1).mean(axis=1)
+            chosen = own[own["chosen"]]["learning_rate"].iloc[:1]
+            axes.plot(losses, ".", color=colour(model))
+            axes.plot(means, color=colour(model), label=model)
+            axes.plot(chosen, means[chosen], "o", color=colour(model), ms=11, fillstyle="none")
+        axes.set_xscale("log")
+        use_factors(axes.xaxis)
+        axes.set(title=TASKS[task].title, xlabel="learning rate", ylabel="validation loss")
+        axes.legend()
+    return figure
 
 
-def errors_figure(runs, examples):
+def errors_figure(results):
     """The confusion matrix of each classifier, in per cent of each true label, over all seeds."""
-    labels = runs["labels"].iloc[0]
-    n = len(labels)
-    models = examples.query("kind == 'model'").groupby("name", sort=False)
-    width = (0.6 * n + 1.2) * len(models) + 1.6
-    figure, grid = new_figure(width, 0.5 * n + 2.2, 1, len(models), sharey=True)
-    for axes, (name, answers) in zip(grid.flat, models):
-        shares = confusion(answers, labels, normalize="index")
-        axes.imshow(shares, cmap="Greys", vmin=0, vmax=2, aspect="auto")  # text stays readable
+    examples = results.examples.query("task == 'classifier' and kind == 'model'")
+    if examples.empty:
+        return None
+    models = examples.groupby("name", sort=False)
+    size = 0.6 * examples["truth"].nunique() + 1.2
+    figure, grid = new_figure(size * len(models) + 1.6, size + 0.6, 1, len(models), sharey=True)
+    for (model, own), axes in zip(models, grid.flat):
+        shares = 100 * pd.crosstab(own["truth"], own["answer"], normalize="index")
+        shares = shares.reindex(columns=shares.index, fill_value=0)
+        axes.imshow(shares, cmap="Greys", vmin=0, vmax=200)  # text stays readable
         for (truth, answer), share in np.ndenumerate(shares):
-            axes.text(answer, truth, f"{share:.0%}", ha="center", va="center")
-        axes.set_title(name, color=colour(name))
-        axes.set_xticks(range(n), labels, rotation=30)
-        axes.set_yticks(range(n), labels)
-        axes.set(xlabel="predicted label", ylabel="true label")
+            axes.text(answer, truth, f"{share:.0f}", ha="center", va="center")
+        ticks = range(len(shares))
+        axes.set_xticks(ticks, shares.index, rotation=30)
+        axes.set_yticks(ticks, shares.index)
+        axes.set(title=model, xlabel="predicted label", ylabel="true label")
         axes.label_outer()
         axes.grid(visible=False)
-    title = f"{runs['title'].iloc[0]}: predicted label, in % of each true label"
-    return finish(figure, title)
+    return figure
 
 
-def distance_panel(axes, table):
-    """One of the tables by distance, a line per model, baseline and ceiling."""
-    if table.empty:
-        axes.axis("off")
-        axes.text(0, 0.5, "not known of these data")
-    styles = cycle(["s:", "^:", "D:", "v:", "x:"])
-    for (name, kind), values in table.items():
-        if kind == "model":
-            axes.plot(values, "o-", color=colour(name))
-        elif kind == "baseline":
-            axes.plot(values, next(styles), color=GREY, label=name, markersize=4)
-        else:
-            axes.plot(values, color="black", label=name)
-    if axes.get_legend_handles_labels()[0]:  # below, where it hides no line
+def long_range_figure(results):
+    """What is kept over distance: scores, and effects of a change; only panels that hold some."""
+    tables = distance_tables(results.examples)
+    if not tables:
+        return None
+    columns = len({task for task, *_ in tables})
+    rows = math.ceil(len(tables) / columns)
+    figure, grid = new_figure(4.4 * columns, 3.9 * rows, rows, columns)
+    for (task, x_label, y_label, table), axes in zip(tables, grid.flat):
+        styles = cycle(["s:", "^:", "D:", "v:", "x:"])  # of baselines
+        for (name, kind), values in table.items():
+            style = {"model": "o-", "ceiling": "--"}.get(kind) or next(styles)
+            axes.plot(values, style, color=colour(name), label=name)
+        axes.set(title=TASKS[task].title, xlabel=x_label, ylabel=y_label, xticks=table.index)
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    return figure
 
 
-def long_range_figure(runs, examples):
-    """What is kept over distance, a column per task: score, effect of a change, gradient."""
-    tasks = runs.groupby("task", sort=False)
-    figure, grid = new_figure(4.4 * len(tasks), 11, 3, len(tasks))
-    for (name, of_task), (top, middle, bottom) in zip(tasks, grid.T):
-        task = TASKS[name]
-        metric = task.metrics[0]
-        scores, effects = by_distance(task, examples.query("task == @name"))
-        top.set(title=of_task["title"].iloc[0], xlabel=task.distance, ylabel=metric.label)
-        distance_panel(top, scores)
-        if not metric.higher_is_better:  # errors differ by factors
-            top.set_yscale("log")
-            plain_ticks(top.yaxis)
-        middle.set(xlabel=task.change_place, ylabel=task.effect_label)
-        distance_panel(middle, effects)
-
-        # the gradient before clipping: the median of the seeds still training
-        for model, histories in of_task.groupby("model", sort=False)["history"]:
-            epochs = DataFrame(list(histories.explode())).groupby("epoch")
-            bottom.plot(epochs["gradient_norm"].median(), color=colour(model))
-        clip_norm = of_task["clip_norm"].iloc[0]
-        bottom.axhline(clip_norm, color=GREY, linestyle=":")
-        bottom.set(xlabel="epoch", ylabel="norm of the gradient (median)", yscale="log")
-        # a cell that explodes in its first steps would flatten all others
-        bottom.set_ylim(top=50 * clip_norm)
-        plain_ticks(bottom.yaxis)
-        bottom.locator_params("x", integer=True, min_n_ticks=1)
-    title = (
-        "By distance: score, effect of a change; gradient in training, clipped at the dotted line"
-    )
-    return finish(figure, title, runs["model"].unique())
-
-
-TASK_FIGURES = {  # task: name of a figure: (runs, examples of the task) -> the figure
-    CLASSIFIER.name: {"classifier_errors": errors_figure},
-    PREDICTOR.name: {},
-    FORECASTER.name: {"time_series_predictions": forecasts_figure},
+FIGURES = {  # in the order of the page: what draws it or nothing, its title, what to look for
+    "performance_summary": (
+        performance_figure,
+        "Test scores (dot: a seed; bar: their mean; dashed: the best that is possible) and costs",
+        "How well each model does beside the baselines, and what a run costs. Dots that lie apart "
+        "are seeds that disagree: of that no single run tells.",
+    ),
+    "long_range": (
+        long_range_figure,
+        "By distance: test score, and how far the answer follows a change",
+        "Which model remembers. Where a line of the effects is near 0 the model ignores what "
+        "decides; at the ceiling it makes full use of it.",
+    ),
+    "time_series_predictions": (
+        forecasts_figure,
+        "Forecasts (lines) and truth (dots) of the first seed; errors beside persistence (grey)",
+        "On the left each forecast is made from true values. In the middle forecasts are fed back, "
+        "and errors add up: on the right by how much.",
+    ),
+    "classifier_errors": (
+        errors_figure,
+        "Text classification: predicted label, in % of each true label",
+        "Which labels are taken for which, over all seeds. What is right is on the diagonal.",
+    ),
+    **{
+        f"{task}_training_history": (
+            partial(history_figure, task=task),
+            f"{TASKS[task].title}: training (dotted), validation (solid), weights kept (dot)",
+            "A line per seed. Where the solid line rises and the dotted one falls on, the model "
+            "learns its training data by heart; kept are the weights before that.",
+        )
+        for task in TASKS
+    },
+    "learning_rates": (
+        learning_rates_figure,
+        "Learning rates by validation loss: a dot per run, means (lines), the chosen (circles)",
+        "Where a circle is at the edge of the grid, the best rate may lie beyond it.",
+    ),
+    "parameter_counts": (
+        parameters_figure,
+        "Parameters of the embedding (plain), the recurrent layer (striped), the head (dotted)",
+        "A GRU's recurrent layer holds three times the weights of an RNN's, an LSTM's four times.",
+    ),
+    "architectures": (
+        architectures_figure,
+        "Architectures, drawn from the live models (B: batch)",
+        "The models of a task differ in their recurrent layer alone.",
+    ),
 }
 
 # --- the report -----------------------------------------------------------------------
 
-
-class Results(NamedTuple):
-    """What `run` returns."""
-
-    scores: DataFrame  # a row per task, name, kind, seed and metric
-    examples: DataFrame  # a row per test example and per model, baseline or ceiling
-    figures: Mapping  # by the names of their files, without what all begin with
-    failed: int = 0  # how many runs and figures failed; each was named
+PAGE_HEAD = """<!DOCTYPE html><meta charset="utf-8"><title>RNN, LSTM, GRU</title><style>
+body { font: 16px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; margin: 1em 0 }
+th, td { padding: .2em .8em; text-align: left; border: 0 }
+tr { border-bottom: 1px solid #ddd } img { max-width: 100% }
+</style>"""
 
 
-def draw_figures(folder, figures):
-    """Draw and write figures; returns them, and how many failed: one must not cost the others."""
-    drawn = {}
+def draw_figures(results):
+    """Figures and PNGs by name, and how many could not be drawn: one must not cost the others."""
+    figures = {}
+    images = {}
     failed = 0
-    for name, draw in figures.items():
-        path = folder / f"pytorch_rnn_{name}.png"
+    for name, (draw, title, _) in FIGURES.items():
         content = io.BytesIO()
         try:
             with rc_context(STYLE), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Glyph")  # no font has the letters of all scripts
-                figure = draw()
-                figure.savefig(content, format="png")
+                figure = draw(results)
+                if figure:
+                    figure.suptitle(title)
+                    figure.savefig(content, format="png")
+                    figures[name] = figure
+                    images[name] = content.getvalue()
         except Exception as error:
             failed += 1
-            tell(f"failed: {path.name} could not be drawn: {first_line(error)}")
-            continue
-        drawn[name] = figure
-        write_whole(path, content.getvalue())
-    return drawn, failed
+            log(f"failed: the figure {name} could not be drawn: {first_line(error)}")
+    return figures, images, failed
 
 
-def write_table(folder, name, table):
-    """Write one of the tables as CSV."""
-    write_whole(folder / f"pytorch_rnn_{name}.csv", table.to_csv(index=False))
+def page_and_markdown(report):
+    """A report, heading -> texts, tables and figures (name, PNG), as HTML page and as Markdown."""
+    page = [PAGE_HEAD]
+    markdown = []
+    for heading, parts in report.items():
+        page.append(f"<h2>{html.escape(heading)}</h2>")
+        markdown.append(f"## {heading}")
+        for part in parts:
+            if isinstance(part, DataFrame):
+                page.append(part.to_html(index=False, na_rep=""))
+                markdown.append(f"```\n{part.to_string(index=False, na_rep='')}\n```")
+            elif isinstance(part, tuple):
+                name, png = part
+                page.append(
+                    f"<img alt='{name}' src='data:image/png;base64,{b64encode(png).decode()}'>"
+                )
+                markdown.append(f"![{name}](pytorch_rnn_{name}.png)")
+            else:
+                page.append(f"<p>{html.escape(part)}</p>")
+                markdown.append(part)
+    return "\n".join(page), "\n\n".join(markdown) + "\n"
 
 
 def make_report(folder, failed=0):
     """Tables and figures from the records in `folder`; `failed` more runs were named before.
 
-    Returns Results. Raises InputError or RuntimeError where no run is finished.
+    Returns Results. Raises InputError or RunError where no run is finished.
     """
-    config = read_config(folder)
-    records = list(read_records(folder).values())
+    records = read_records(folder)
     trained = [record for record in records if "history" in record]
     if not trained:
-        if failed:
-            raise RuntimeError("no run came to its end")
-        raise InputError(f"no runs in {folder}; train first")
-
-    # tables
+        raise (RunError if failed else InputError)(f"no run is finished in {folder}")
     examples = examples_table(records)
     scores = score_table(examples)
-    runs = run_table(trained, scores, config)
-    history = history_table(runs)
-    comparisons = compare(examples)
-    models = runs.drop_duplicates(["task", "model"])
-    costs = models[COST_COLUMNS]
-    write_table(folder, "runs", runs.reindex(columns=RUN_COLUMNS))
-    write_table(folder, "history", history)
-    write_table(folder, "summary", summarise(scores.query("metric != 'perplexity'")))
-    write_table(folder, "comparisons", comparisons.drop(columns=["p", "is_primary", "is_clear"]))
-    write_table(folder, "costs", costs)
-    (folder / "predictions").mkdir(exist_ok=True)
-    for (task, seed), answers in examples.groupby(["task", "seed"]):
-        table = for_spreadsheet(predictions_table(answers))
-        # Excel takes a file without the mark for one that is not UTF-8
-        write_whole(folder / "predictions" / f"{task}_seed{seed}.csv", "\ufeff" + table)
+    tuning = folder / "pytorch_rnn_tuning.csv"
+    history = pd.json_normalize(trained, "history", KEYS).set_index(KEYS).reset_index()
+    results = Results(
+        runs=run_table(trained, scores),
+        history=history,
+        scores=scores,
+        summary=summarise(scores),
+        comparisons=compare(examples),
+        examples=examples,
+        tuning=pd.read_csv(tuning) if tuning.exists() else DataFrame(),
+    )
+    figures, images, broken = draw_figures(results)
+    report = findings(results, records)
+    _, found = page_and_markdown(report)
+    report["Figures"] = []
+    for name, png in images.items():
+        report["Figures"] += [FIGURES[name][2], (name, png)]
+    report["Details"] = details(results, records)
+    page, markdown = page_and_markdown(report)
 
-    # texts and figures
-    texts = ["# RNN, LSTM and GRU: results"]
-    figures = {
-        "long_range": partial(long_range_figure, runs, examples),
-        "parameter_counts": partial(parameters_figure, models),
-        "architectures": partial(architectures_figure, models),
-        "performance_summary": partial(performance_figure, scores, runs),
+    files = {"pytorch_rnn_report.html": page, "pytorch_rnn_summary.md": markdown}
+    tables = {
+        "runs": results.runs[RUN_COLUMNS],
+        "history": history,
+        "summary": results.summary,
+        "comparisons": results.comparisons,
+        "costs": results.runs.drop_duplicates(KEYS[:2])[COST_COLUMNS],
     }
-    for name in models.sort_values("file", kind="stable")["task"].unique():  # a user's data first
-        task = TASKS[name]
-        baselines = [each for each in records if each["task"] == name and "facts" in each]
-        tables = [table[table["task"] == name] for table in (runs, examples, scores, comparisons)]
-        texts.append(task_text(task, baselines, *tables))
-        draw = partial(training_history_figure, tables[0], history, task)
-        figures[f"{name}_training_history"] = draw
-        for figure, make in TASK_FIGURES[name].items():
-            figures[figure] = partial(make, *tables[:2])
-    environments = DataFrame(record["environment"] for record in records).map(str)
-    lines = [f"- {name}: {', '.join(values.unique())}" for name, values in environments.items()]
-    claims = common_claims(runs)
-    if len(claims):
-        texts.append(f"## What is commonly said, and what was measured\n\n{markdown(claims)}")
-    texts += [
-        f"## Parameters, and cost of a training step\n\n{markdown(costs)}\n\n{COSTS_NOTE}",
-        f"## How the results were made\n\n{NOTES}",
-        "## Environment\n\n" + "\n".join(lines),
-    ]
-    write_whole(folder / "pytorch_rnn_summary.md", printable("\n\n".join(texts) + "\n"))
-    drawn, broken = draw_figures(folder, figures)
-    say("\n\n".join([*texts, f"Tables, figures, records and models are in {folder.resolve()}"]))
-    return Results(scores, examples, drawn, failed + broken)
+    for name, table in tables.items():
+        files[f"pytorch_rnn_{name}.csv"] = table.to_csv(index=False)
+    for name, png in images.items():
+        files[f"pytorch_rnn_{name}.png"] = png
+    for (task, seed), answers in examples.groupby(["task", "seed"]):
+        # Excel takes a file without the mark for one that is not UTF-8
+        table = "\ufeff" + predictions_table(answers).to_csv(index=False)
+        files[f"predictions/{task}_seed{seed}.csv"] = table
+    for name, content in files.items():
+        try:
+            write_whole(folder / name, content)
+        except OSError as error:  # open in a spreadsheet, or the disk is full
+            broken += 1
+            log(f"failed: {folder / name} could not be written: {error}")
+    print(re.sub(r"\n+(```\n)?", "\n", found))
+    print(f"The report: {(folder / 'pytorch_rnn_report.html').resolve()}")
+    return results._replace(figures=figures, failed=failed + broken)
 
 
 # ======================================================================================
 # Command line
 # ======================================================================================
 
-SEEDS = (0, 9e18)
-COUNTS = (1, 1e6)
-RANGES = {  # least and most of the options that are numbers; all are of the type of the least
-    "seeds": SEEDS,
-    "epochs": COUNTS,
-    "learning_rate": (1e-6, 1),
-    "hidden_dim": COUNTS,
-    "window": COUNTS,
-    "workers": COUNTS,
-    "length": COUNTS,
-    "temperature": (0.0, 100),
-    "seed": SEEDS,
+HELP = {
+    "tasks": f"any of {' '.join(TASKS)}",
+    "models": f"any of {' '.join(CELLS)}; default: {' '.join(DEFAULT_MODELS)}",
+    "seeds": "default: 42 43 44; with --quick: 42",
+    "quick": "the whole pipeline on tiny data, two epochs",
+    "tune": "choose learning rates first, by validation loss; default: for your own data alone",
+    "resume": "keep the runs that are finished in the output directory",
+    "report": "no training: tables, figures and page of the runs in the output directory",
+    "learning_rate": "of all models; default: each model's own",
+    "reviews": "your own CSV file: a column of texts and one of labels (.gz works too)",
+    "corpus": "your own text file",
+    "series": "your own CSV file: a column of numbers, in order of time",
+    "text_column": "default: text, review, sentence or comment",
+    "label_column": "default: label, sentiment, class, rating or stars",
+    "series_column": "default: the only column of numbers",
+    "device": "auto (default: CUDA if there is one, else CPU), cpu, cuda or mps",
+    "workers": "runs at a time; default: as many as cores",
+    "output_dir": "default: outputs, or a folder below it",
+    "length": "with --predict: words or values to continue by; default: 20",
+    "temperature": "with --predict: of words; 0 takes the likeliest; default: 1",
+    "seed": "with --predict: of the words that are drawn; default: 42",
 }
-CHOICES = {
-    "tasks": TASKS,
-    "models": CELLS,
-    "match": ("hidden", "params"),
-    "device": ("auto", "cpu", "cuda", "mps"),
+NUMBERS = {  # the options that are numbers, with a default each: it says of which kind they are
+    "workers": 1,
+    "length": 20,
+    "seed": 0,
+    "temperature": 1.0,
+    "learning_rate": 0.1,
+    **ClassifierConfig.numbers(),
+    **PredictorConfig.numbers(),
+    **ForecasterConfig.numbers(),
 }
-COLUMNS = {"reviews": ("text_column", "label_column"), "corpus": (), "series": ("series_column",)}
 
 
-def check_options(options):
-    """Raise InputError where a choice or a number is none that can be used."""
-    for name, choices in CHOICES.items():
-        for choice in np.atleast_1d(options.get(name, [])):  # some options are lists
-            if choice not in choices:
-                raise InputError(f"--{name} {str(choice)!r}: choose from {', '.join(choices)}")
-    for name, (least, most) in RANGES.items():
-        for number in np.atleast_1d(options.get(name, [])):
-            if number is not None and not least <= number <= most:
-                raise InputError(
-                    f"--{name.replace('_', '-')} {number}: it must be from {least:g} to {most:g}"
-                )
+def check_list(name, values, choices):
+    """The values of a list, in the order of `choices`; InputError if it is none, or empty."""
+    found = {*values} if isinstance(values, Iterable) else {}
+    if not found or any(value not in choices for value in found):
+        raise InputError(f"{name} {values!r}: a list is needed, of {choices}")
+    return sorted(found, key=choices.index)
+
+
+def usable_cores():
+    """The processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def choose_device(name):
     """The device of that name, if it is usable; "auto" is CUDA, or else the CPU; InputError."""
-    if name != "auto":
-        if is_usable(name):
-            return torch.device(name)
-        raise InputError(f"--device {name}: there is none here that works; choose another, or auto")
-    if is_usable("cuda"):
-        return torch.device("cuda")
-    if torch.cuda.is_available():
-        tell("note: CUDA is there, but a small step on it fails; the CPU is used")
-    return CPU
+    if name == "auto":
+        name = "cuda" if is_usable("cuda") else "cpu"
+    if not is_usable(name):
+        raise InputError(f"device {name!r}: there is none here that works; choose another, or auto")
+    return torch.device(name)
 
 
-def usable_cores():
-    """The processor cores that this process may use; a container may grant less than there are."""
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):  # it may hold "max"
-        # microseconds of all cores in a period of so many
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = max(1, min(cores, quota // period))
-    return cores
+def configure(tasks, defaults, own, settings):
+    """The configuration of each task from a user's own data, by option, and settings.
 
-
-def user_data(option, given, columns=()):
-    """What a user gave for `reviews`, `corpus` or `series`: a path, or the data; InputError."""
-    columns = tuple(map(str, columns))
-    is_name = isinstance(given, str) and (len(given) < 256 or " " not in given)
-    if is_name or isinstance(given, os.PathLike):
-        text, notes = read_text(given)
-        return UserData(str(given), text, columns, tuple(notes))
-    try:
-        if option == "corpus":
-            return UserData(option, given if isinstance(given, str) else "\n".join(given), columns)
-        if option == "reviews" and not isinstance(given, DataFrame):
-            given = DataFrame(zip(*given, strict=True), columns=["text", "label"])
-        table = DataFrame(given)  # names that are numbers would be taken for values
-        table.columns = [re.sub(r"^(?=\d)", "x", str(name)) for name in table]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{option}: {first_line(error)}; a path is needed, or (texts, labels), a text, values"
-        ) from error
-    is_named = not isinstance(table.index, pd.RangeIndex)
-    missing = "nan" if option == "series" else ""  # a blank line would be no row
-    text = table.to_csv(index=is_named, na_rep=missing, lineterminator="\r\n")
-    return UserData(option, text, columns)
-
-
-def configure(options):
-    """The configuration of each task; InputError where an option is for a task that is left out."""
+    Raises InputError where one is of none of the tasks.
+    """
     config = {}
-    for name, default in (QUICK if options["quick"] else DEFAULT).items():
-        changes = {}
-        for size in ("hidden_dim", "window"):
-            if options[size] and hasattr(default, size):
-                changes[size] = options[size]
-        if options["epochs"]:
-            changes["training"] = replace(default.training, epochs=options["epochs"])
-        option = TASKS[name].file_option
-        given = options[option]
-        columns = [options[column] for column in COLUMNS[option]]
-        if given is not None:
-            if name not in options["tasks"]:
-                raise InputError(f"--{option} is for the {name}, which --tasks leaves out")
-            changes["file"] = user_data(option, given, columns)
-        elif any(columns):
-            raise InputError(f"the name of a column goes with --{option} or --predict")
-        config[name] = replace(default, **changes)
+    unused = {*own, *settings}
+    for name in tasks:
+        option = TASKS[name].option
+        numbers = {}
+        for key, default in defaults[name].numbers().items():
+            if key in settings:
+                check_number(key, settings[key], default)
+                numbers[key] = type(default)(settings[key])  # NumPy's are Python's from here on
+        config[name] = replace(defaults[name], own=own.get(option), **numbers)
+        unused -= {option, *numbers}
+    if unused:
+        raise InputError(f"{', '.join(sorted(unused))}: no setting of {', '.join(tasks)}")
     return config
 
 
-def default_folder(config, quick):
-    """Where files go if nothing else is said: named after the user's files."""
-    if quick:
-        return Path("outputs", "quick")
-    files = [of_task.file for of_task in config.values() if of_task.file]
-    stems = [Path(file.path.removesuffix(".gz")).stem for file in files]
-    return Path("outputs", "_".join(["own", *stems]) if stems else "")
-
-
-@settings_restored()
 def run(
     *,
     tasks=tuple(TASKS),
     models=DEFAULT_MODELS,
     seeds=None,
     quick=False,
-    match="hidden",
     tune=None,
     learning_rate=None,
-    epochs=None,
-    hidden_dim=None,
-    window=None,
     reviews=None,
     corpus=None,
     series=None,
@@ -4324,157 +3199,119 @@ def run(
     output_dir=None,
     resume=False,
     report=False,
+    **settings,
 ):
     """The experiment: train and compare; with `report` only tables and figures of what is there.
 
-    The settings are the options of the command line; `--help` says what each does, and what None
-    stands for. Tasks, models and seeds are sequences; files and `output_dir`, into which all is
-    written, are paths or their names. In place of a file there may be data: `reviews` (texts,
-    labels) or a data frame; `corpus` a text of 256 characters or more, or lines; `series` values
-    (N,), or columns of pandas, also with times as their index. Returns `Results`. Raises
-    InputError, RuntimeError (no run came to its end), OSError.
+    The settings are the options of the command line, each number of the configuration included;
+    `--help` says what each does, and what None stands for. Tasks, models and seeds are lists; files
+    and `output_dir`, into which all is written, are paths or their names. In place of a file there
+    may be data: `reviews` (texts, labels) or a data frame; `corpus` lines of text; `series` values
+    (N,), also with times as their index. Returns `Results`. Raises InputError, RunError (no run
+    came to its end), OSError.
     """
-    options = dict(locals())
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(NO_GUARD)  # this is a child that imports the user's script
-
     # what cannot be used is said before anything else
-    check_options(options)
-    if tune and (report or learning_rate):
-        raise InputError("--tune cannot go together with --report or --learning-rate")
-    if window and set(tasks) == {"classifier"}:
-        raise InputError("--window is for predictor and forecaster, which --tasks leaves out")
-    config = configure(options)
-    folder = Path(output_dir or default_folder(config, quick))
-    if report:
-        return make_report(folder)
+    tasks = check_list("tasks", tasks, list(TASKS))
+    models = check_list("models", models, list(CELLS))
     if seeds is None:
         seeds = DEFAULT_SEEDS[:1] if quick else DEFAULT_SEEDS
-    torch_device = choose_device(device)
-    if workers is None:
-        workers = 1 if quick or torch_device.type != "cpu" else usable_cores()
-    experiment = Experiment(
-        config=config,
-        tasks=[name for name in TASKS if name in tasks],
-        models=[sized(name, match) for name in CELLS if name in models],
-        seeds=list(dict.fromkeys(seeds)),
-        folder=folder,
-        device=torch_device,
-        workers=workers,
-        resume=resume,
-    )
-    prepare_device(torch_device)
-    if workers > 1:
-        start_server()
-    looks = []
-    for name in experiment.tasks:
-        data = load_data(name, config[name], experiment.seeds[0], torch_device)
-        looks.append(f"{TASKS[name].title}, first seed: {facts_text(data.facts)}")
-        looks.append(data.examples.head(3).to_string(index=False, max_colwidth=60))
-        looks.extend(f"note: {doubt}" for doubt in data.doubts)
-    del data  # it would outlive the cache
-    make_folder(folder, experiment.tasks, config)
-    tell("\n".join(looks))
+    if not isinstance(seeds, Iterable) or not {*seeds}:
+        raise InputError(f"seeds {seeds!r}: a list of whole numbers is needed")
+    for seed in seeds:
+        check_number("seeds", seed, 0)
+    seeds = sorted({*seeds})
+    check_number("learning_rate", learning_rate or 0.1, 0.1)
+    check_number("workers", 1 if workers is None else workers, 1)
+    if tune and (report or learning_rate):
+        raise InputError("--tune cannot go together with --report or --learning-rate")
+    own = {}
+    for option, given, columns in (
+        ("reviews", reviews, (text_column, label_column)),
+        ("corpus", corpus, ()),
+        ("series", series, (series_column,)),
+    ):
+        if given is not None:
+            own[option] = read_user_data(option, given, columns)
+        elif any(columns):
+            raise InputError(f"the name of a column goes with --{option} or --predict")
+    config = configure(tasks, QUICK if quick else DEFAULT, own, settings)
+    subfolder = "quick" if quick else "_".join(Path(data.name).stem for data in own.values())
+    folder = Path(output_dir or Path("outputs", subfolder))
+    if report:
+        return make_report(folder)
 
-    # learning rates, then the runs
-    failed = 0
+    device = choose_device(device)
+    if workers is None:
+        workers = 1 if quick or device.type != "cpu" else usable_cores()
     rates = {}
-    for task, model in product(experiment.tasks, experiment.models):
-        rates[task, model] = learning_rate or CELLS[cell_name(model)].learning_rates[task]
-    tuned = []
-    if tune:
-        tuned = experiment.tasks
-    elif tune is None and not learning_rate and not quick:
-        tuned = [name for name in experiment.tasks if config[name].file]
-    if tuned:
-        chosen, table = tune_rates(experiment, tuned, RATES[4:6] if quick else RATES[4:7])
-        write_table(folder, "tuning", table)
-        draw = partial(learning_rates_figure, table)
-        failed = draw_figures(folder, {"learning_rates": draw})[1]
-        for pair, rate in chosen.items():
-            tell(f"learning rate of {' '.join(pair)}: {rate or 'none, because of failures above'}")
-        rates.update(chosen)
-    runs = []
-    for seed in experiment.seeds:
-        # first the baselines, which hold the test examples
-        runs.extend(Run(task, BASELINES, seed) for task in experiment.tasks)
-        runs.extend(Run(*pair, seed, rate) for pair, rate in rates.items() if rate)
-    failed += len(complete_runs(runs, experiment)) + list(rates.values()).count(None)
+    for task, model in product(config, models):
+        # chosen on generated data, rates are none for a user's own
+        tunes = config[task].own and not quick if tune is None else tune
+        usual = None if tunes else CELLS[model].learning_rates[task]
+        rates[task, model] = learning_rate or usual
+    experiment = Experiment(config, rates, seeds, folder, device, resume)
+    n_runs = len(tuning_runs(experiment)) + len(config) * len(seeds) * (1 + len(models))
+    bar = tqdm(
+        total=n_runs,
+        disable=None,  # without a terminal there are the lines alone
+        leave=False,
+        dynamic_ncols=True,
+        smoothing=0,
+        bar_format="all runs {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left",
+    )
+    threads = torch.get_num_threads()
+    try:
+        with worker_pool(min(workers, n_runs)) as pool, bar:
+            prepare_device(device)
+            for task in config:
+                data = load_data(task, config[task], seeds[0], device)
+                for note in data.notes:
+                    log(f"note: {note}")
+            make_folder(experiment)
+            failed = train_all(experiment, pool, bar)
+    finally:
+        torch.set_num_threads(threads)
     return make_report(folder, failed)
 
 
 # --- trained models in use ------------------------------------------------------------
 
 
-def tell_notes(notes):
-    """What may mislead in an input."""
-    for note in notes:
-        tell(f"note: {note}")
-
-
-def read_source(source):
-    """The input of --predict: what `read_text` reads, or the words themselves."""
-    is_file = source == "-" or os.path.exists(source)  # noqa: PTH110 (Path's raises if too long)
-    if is_file or re.search(r"(?i)\.(txt|[ct]sv|gz)$", source):  # else a typo would be words
-        text, notes = read_text(source)
-        tell_notes(notes)
-        return text
-    return source
-
-
-def print_labels(model, source, options):
-    """Label and probability of each line; of a CSV file, a CSV with them beside each text."""
-    text = read_source(source)
-    if re.search(r"(?i)\.[ct]sv(\.gz)?$", source):
-        text_column = options.get("text_column", "")
-        header, rows, _, notes = read_table(text, [*TEXT_COLUMNS, text_column])
-        tell_notes(notes)
-        texts = rows[find_column(header, text_column, TEXT_COLUMNS, "text")].tolist()
-        answers = DataFrame(model.predict(texts), columns=["label", "probability"]).round(4)
-        say(for_spreadsheet(answers.assign(text=texts)).rstrip("\n"))
+def predict(
+    checkpoint,
+    source,
+    length=20,
+    temperature=1.0,
+    seed=42,
+    text_column="",
+    series_column="",
+    **others,
+):
+    """Print what a trained model says of a text or a file; raises InputError."""
+    if others:
+        raise InputError(f"{', '.join(others)}: cannot go together with --predict")
+    model = load_checkpoint(checkpoint)
+    notes = []
+    text = source
+    kind = re.search(r"\.(csv|tsv|txt)(\.gz)?$", source.lower())  # of a file
+    if kind or isinstance(model, Forecaster):
+        text = read_text(source, notes)
+    if isinstance(model, Forecaster):
+        values = read_series(*parse_table(text), series_column, notes)
+        forecasts = model.predict(values, length)
+        answer = DataFrame({"step": range(1, length + 1), "value": forecasts}).to_csv(index=False)
+    elif isinstance(model, Predictor):
+        words = model.predict(text).round(3).to_string()
+        answer = f"{words}\n\n{model.continue_text(text, length, temperature, seed)}"
     else:
-        for label, probability in model.predict(text.splitlines() or [""]):
-            say(f"{label or '-'}\t{probability:.4f}")
-
-
-def print_words(model, source, options):
-    """The likeliest next words with their probabilities, and a continuation."""
-    text = read_source(source)
-    for word, probability in model.predict(text):
-        say(f"{word}\t{probability:.4f}")
-    drawn = model.continue_text(text, options["length"], options["temperature"], options["seed"])
-    say(f"\n{drawn}")
-
-
-def print_values(model, source, options):
-    """The next values of a series, as CSV; on stderr, what may mislead."""
-    values, notes = read_series(read_source(source), options.get("series_column", ""))
-    low, high = model.preprocessing["scaler"]["range"]
-    read = values[-model.preprocessing["window"] :]
-    if np.abs(read - (low + high) / 2).max() > high - low:  # from the middle, twice as far
-        notes.append(
-            f"the last values lie between {read.min():g} and {read.max():g}, far from those of "
-            f"training ({low:g} to {high:g}): is it a series of that kind?"
-        )
-    tell_notes(notes)
-    say("step,value")
-    for step, value in enumerate(model.predict(values, options["length"]), start=1):
-        say(f"{step},{value}")
-
-
-CONTINUATION = {"length": 20, "temperature": 1.0, "seed": 42}  # options of --predict alone
-PREDICTIONS = {Classifier: print_labels, Predictor: print_words, Forecaster: print_values}
-
-
-def predict(options):
-    """Print what a trained model says of an input; raises InputError."""
-    check_options(options)
-    if "report" in options or "tune" in options:
-        raise InputError("--predict cannot go together with --report or --tune")
-    path, source = options["predict"]
-    model = load_checkpoint(path)
-    show = PREDICTIONS[type(model).__base__]
-    show(model, source, {**CONTINUATION, **options})
+        texts = text.splitlines()
+        if kind and kind[1] != "txt":
+            table, _ = parse_table(text)
+            texts = list(table[find_column(table, text_column, TEXT_COLUMNS, "text")])
+        answer = model.predict(texts).round(3).assign(text=texts).to_csv(index=False)
+    for note in notes:
+        log(f"note: {note}")
+    print(answer)
 
 
 # --- the program ----------------------------------------------------------------------
@@ -4487,111 +3324,65 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-HELP = {
-    "tasks": f"any of {' '.join(TASKS)}",
-    "models": f"any of {' '.join(CELLS)}; default: {' '.join(DEFAULT_MODELS)}",
-    "seeds": "default: 42 43 44; with --quick: 42",
-    "quick": "the whole pipeline on tiny data, two epochs",
-    "match": "hidden or params: equal hidden sizes (default) or recurrent parameters",
-    "tune": "choose learning rates first, by validation loss; default: for your own data alone",
-    "learning_rate": "of all models; default: each model's own",
-    "epochs": "cap on epochs; default: by task",
-    "hidden_dim": "hidden units; default: 100, of the forecaster 32",
-    "window": "words or steps that are seen; default: 10, 50",
-    "reviews": "your own CSV file: a column of texts and one of labels (.gz works too)",
-    "corpus": "your own text file, UTF-8",
-    "series": "your own CSV file: a column of numbers, in order of time",
-    "text_column": "default: text, review, sentence or comment",
-    "label_column": "default: label, sentiment, class, rating or stars",
-    "series_column": "default: the only column of numbers",
-    "device": "auto (default: CUDA if there is one, else CPU), cpu, cuda or mps",
-    "workers": "runs at a time; default: as many as cores",
-    "output_dir": "default: outputs, or a folder below it",
-    "resume": "skip the runs that are finished in the output directory",
-    "report": "no training: tables and figures of the runs in the output directory",
-    "length": "with --predict: words or values to continue by; default: 20",
-    "temperature": "with --predict: of words; 0 takes the likeliest; default: 1",
-    "seed": "with --predict: of the words that are drawn; default: 42",
-}
-
-
 def parse_args(argv=None):
     """The options, as they were given: those that were not are absent; raises InputError."""
     parser = Parser(
         "pytorch_rnn_models.py",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description=__doc__.partition("Shapes")[0],
+        description=__doc__.partition("Where to begin")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, text in HELP.items():
+    helps = HELP.copy()
+    for task, config in DEFAULT.items():
+        for name, value in config.numbers().items():
+            helps[name] = f"{helps.get(name, 'default:')} {task} {value}"
+    for name, text in helps.items():
         flag = f"--{name.replace('_', '-')}"
-        kind = type(RANGES[name][0]) if name in RANGES else str
         if name in ("quick", "tune", "resume", "report"):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            number = "+" if name in ("tasks", "models", "seeds") else None
-            parser.add_argument(flag, type=kind, nargs=number, help=text)
+            several = "+" if name in ("tasks", "models", "seeds") else None
+            kind = int if name == "seeds" else type(NUMBERS.get(name, ""))
+            parser.add_argument(flag, type=kind, nargs=several, help=text)
     parser.add_argument(
         "--predict",
         nargs=2,
         metavar=("CHECKPOINT", "INPUT"),
-        help="no training: what a trained model says of a text, a file, or - (standard input)",
+        help="no training: what a trained model says of a text or a file",
     )
-    argv = list(sys.argv[1:] if argv is None else argv)
-    words = []
-    if "--predict" in argv:  # the two words behind it are taken as they are: "-1,5" is no option
-        place = argv.index("--predict") + 1
-        words = argv[place : place + 2]
-        argv[place : place + 2] = ["" for _ in words]
-    options = parser.parse_args(argv)
-    if words:
-        options.predict = words
-    for name in CONTINUATION:
-        if name in options and "predict" not in options:
-            parser.error(f"--{name} goes with --predict; the seeds of training are --seeds")
-    return options
+    return parser.parse_args(argv)
+
+
+def follow(options):
+    """Do what the options say; returns the exit status."""
+    if "predict" not in options:
+        return 1 if run(**options).failed else 0
+    for name in options.keys() & NUMBERS:
+        check_number(name, options[name], NUMBERS[name])
+    files = options.pop("predict")
+    predict(*files, **options)
+    return 0
 
 
 def main(argv=None):
     """Run the command line `argv` (default: the program's own); returns the exit status."""
-    if hasattr(sys.stdout, "reconfigure"):  # where "±" cannot be written stands "\\xb1"
-        sys.stdout.reconfigure(errors="backslashreplace")
 
-    def interrupt(number, _frame):
-        for each in before:  # a second signal must not disturb the tidying up
-            signal.signal(each, signal.SIG_IGN)
+    def terminate(number, _frame):
         raise KeyboardInterrupt(number)
 
-    before = {}
-    with suppress(ValueError):  # threads but the first cannot set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        options = vars(parse_args(argv))
-        if "predict" in options:
-            predict(options)
-            return 0
-        return 1 if run(**options).failed else 0
+        return follow(vars(parse_args(argv)))
     except SystemExit:  # --help
         return 0
-    except InputError as error:
-        status = 2
-        message = str(error)
-    except (RuntimeError, MemoryError, OSError) as error:
-        status = 1
+    except (InputError, RunError, MemoryError, OSError) as error:
+        status = 2 if isinstance(error, InputError) else 1
         message = first_line(error)
     except KeyboardInterrupt as stopped:
-        status = 128 + (stopped.args or [signal.SIGINT])[0]
+        status = 143 if stopped.args else 130  # of SIGTERM, or Ctrl-C
         message = "interrupted; finished runs are kept: --resume does the rest, --report shows them"
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    # one line, whatever the name of a file holds
-    text = printable(message).replace("\n", "\\n")
-    if len(text) > 300:
-        text = text[:297] + "..."
-    tell(f"pytorch_rnn_models.py: {text}")
+    log(f"pytorch_rnn_models.py: {message:.300}")
     return status
 
 

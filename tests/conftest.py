@@ -1,4 +1,3 @@
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -6,29 +5,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pytorch_rnn_models as rnn  # noqa: E402
 
-# the command line, with empty figures
-SCRIPT = [sys.executable, str(ROOT / "tests" / "without_figures.py")]
+SCRIPT = [sys.executable, str(ROOT / "pytorch_rnn_models.py")]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny tensors are slower on many threads, and much slower where the cores are busy."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _coarse_figures():
-    """Figures are looked at in tests for what they hold, not pixel by pixel."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(rnn.STYLE, "figure.dpi", 30)
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -39,25 +28,16 @@ def data():
 
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory):
-    """The output folder of one run of the quick experiment."""
-    directory = tmp_path_factory.mktemp("quick")
-    assert quick(directory) == 0
-    return directory
-
-
-def leave_out_figures(monkeypatch):
-    """Make every figure an empty one: drawing them takes longer than a tiny run."""
-    for name in dir(rnn):
-        if name.endswith("_figure") and name != "new_figure":
-            monkeypatch.setattr(rnn, name, lambda *_: Figure(figsize=(1, 1)))
-    for figures in rnn.TASK_FIGURES.values():
-        for name in figures:
-            monkeypatch.setitem(figures, name, lambda *_: Figure(figsize=(1, 1)))
+    """The output folder of one run of the quick experiment, on two seeds."""
+    folder = tmp_path_factory.mktemp("quick")
+    assert quick(folder, "--seeds", 1, 2) == 0
+    return folder
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    leave_out_figures(monkeypatch)
+    """Drawing takes longer than a tiny run."""
+    monkeypatch.setattr(rnn, "FIGURES", {})
 
 
 def quick(folder, *arguments):
@@ -70,30 +50,20 @@ def table(folder, name):
     return pd.read_csv(folder / f"pytorch_rnn_{name}.csv")
 
 
-def summary(folder):
-    """The summary in an output folder, its lines joined."""
-    return " ".join((folder / "pytorch_rnn_summary.md").read_text(encoding="utf-8").split())
+def tables(folder, task=""):
+    """The tables of a folder without times, as texts; of one task, if it is named."""
+    found = {}
+    for name in ("runs", "summary", "comparisons", "history"):
+        rows = table(folder, name).drop(columns=["seconds", "ms_per_step"], errors="ignore")
+        rows = rows[rows["task"].str.contains(task)].dropna(axis="columns", how="all")
+        found[name] = rows.to_csv(index=False)
+    return found
 
 
-def copy_records(source, folder, ignore=None):
-    """Copy what a report is made from, but for the records that `ignore` names."""
-    shutil.copytree(source / "runs", folder / "runs", ignore=ignore)
-    shutil.copy(source / "config.json", folder)
-
-
-def refusal(arguments, capsys):
-    """The answer to a command line that cannot be followed: status 2 and one line."""
-    assert rnn.main(arguments) == 2
-    printed, error = capsys.readouterr()
-    assert not printed and error.startswith("pytorch_rnn_models.py: ") and error.endswith("\n")
-    assert error[:-1].isprintable() and len(error) <= len("pytorch_rnn_models.py: ") + 300 + 1
-    return error
-
-
-def new_model(task, name, data, **changes):
+def new_model(task, cell, data, **changes):
     """An untrained model of the quick configuration for the data of that name."""
     config = replace(rnn.QUICK[task], **changes)
-    return rnn.build_model(rnn.TASKS[task], name, config, data[task], 0)
+    return rnn.build_model(rnn.TASKS[task], cell, config, data[task], 0)
 
 
 def pytest_addoption(parser):

@@ -1,8 +1,11 @@
-"""The classes: shapes, gradients, parameters, padding, initial weights, descriptions."""
+"""The classes: shapes, gradients, parameters, padding, initial weights, saving, use."""
 
 import itertools
+import math
 import pickle
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -27,33 +30,19 @@ def build(name, kind):
 
 
 @pytest.mark.parametrize(("name", "kind"), ALL)
-def test_shapes_gradients_and_layers(name, kind):
+def test_shapes_gradients_parameters_and_pickles(name, kind):
     model, inputs, shape = build(name, kind)
     output = model(inputs)
     assert output.shape == shape
     output.sum().backward()
-    assert all(
-        p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters()
-    )
-    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
-    assert [type(layer) for layer in layers] == [LAYERS[name]], "each wraps the stock layer"
-    assert layers[0].num_layers == (2 if kind == "Forecaster" else 1)
-
-
-@pytest.mark.parametrize(("name", "kind"), ALL)
-def test_parameter_counts_add_up(name, kind):
-    model, inputs, _ = build(name, kind)
-    total = sum(p.numel() for p in model.parameters())
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    [layer] = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    assert type(layer) is LAYERS[name], "each wraps the stock layer"
+    assert layer.num_layers == (2 if kind == "Forecaster" else 1)
     counts = rnn.count_parameters(model)
-    assert sum(counts.values()) == total
-    assert sum(layer["parameters"] for layer in rnn.describe_layers(model, inputs)) == total
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
     if kind != "Forecaster":
         assert counts["recurrent"] == TEXT_PARAMETERS[name]
-
-
-@pytest.mark.parametrize(("name", "kind"), ALL)
-def test_models_can_be_pickled_and_have_a_docstring_of_their_own(name, kind):
-    model, inputs, _ = build(name, kind)
     copy = pickle.loads(pickle.dumps(model.eval()))
     assert torch.equal(copy(inputs), model(inputs))
     assert vars(type(model))["__doc__"]
@@ -70,20 +59,17 @@ def test_classifier_gives_probabilities_that_padding_does_not_change(name):
     mixed = padded.clone()
     mixed[1, 5:] = 0  # a shorter review beside longer ones
     torch.testing.assert_close(model(mixed)[1:2], model(ids[1:2, :5]))
-    assert model(torch.zeros(1, 7, dtype=torch.long)).isfinite().all(), (
-        "a review without words has an answer too"
-    )
+    assert model(torch.zeros(1, 7, dtype=torch.long)).isfinite().all(), "without words, too"
 
 
 @pytest.mark.parametrize("name", rnn.CELLS)
 def test_initial_weights(name):
-    model, *_ = build(name, "Forecaster")
-    layer = model.recurrent.rnn
+    layer = build(name, "Forecaster")[0].recurrent
     for gate in layer.weight_hh_l1.detach().split(32):
         torch.testing.assert_close(gate @ gate.T, torch.eye(32), atol=1e-4, rtol=0)
         assert torch.equal(gate, torch.eye(32)) == (name == "IRNN")
-    model, *_ = build(name, "Classifier")
-    layer = model.recurrent.rnn
+    model = build(name, "Classifier")[0]
+    layer = model.recurrent
     for gate in layer.weight_hh_l0.detach().split(100):
         assert torch.equal(gate, torch.eye(100) * (1 if name == "IRNN" else 0.9))
     assert not (layer.bias_ih_l0.any() or layer.bias_hh_l0.any()), "no cell is helped by its biases"
@@ -92,12 +78,158 @@ def test_initial_weights(name):
     assert model.embedding.weight[1:].std().item() == pytest.approx(0.1, rel=0.05)
 
 
-def test_description_follows_the_live_model(data):
-    inputs = data["classifier"].train.inputs[:3]
-    model = new_model("classifier", "GRU", data, n_layers=2, dropout=0.4)
-    model.head = nn.Sequential(nn.Linear(100, 7), nn.Linear(7, 1), nn.Sigmoid())
-    layers = rnn.describe_layers(model, inputs)
-    kinds = [layer["kind"] for layer in layers]
-    assert kinds == ["Embedding", "GRU", "Recurrent", "Dropout", "Linear", "Linear", "Sigmoid"]
-    assert layers[1]["shape"] == [inputs.shape[1], 100] and "num_layers=2" in layers[1]["settings"]
-    assert layers[4]["shape"] == [7] and layers[4]["parameters"] == 707
+class MinimalGated(nn.Module):
+    """A cell of one's own on `nn.Linear` (minimal gated unit, Zhou et al. 2016)."""
+
+    def __init__(self, input_dim, hidden_dim, n_layers, batch_first, dropout):
+        super().__init__()
+        self.gate = nn.Linear(input_dim + hidden_dim, hidden_dim)
+        self.new = nn.Linear(input_dim + hidden_dim, hidden_dim)
+
+    def forward(self, inputs):
+        state = inputs.new_zeros(len(inputs), self.gate.out_features)
+        states = []
+        for values in inputs.unbind(1):
+            share = torch.sigmoid(self.gate(torch.cat([values, state], dim=1)))
+            new = torch.tanh(self.new(torch.cat([values, share * state], dim=1)))
+            state = (1 - share) * state + share * new
+            states.append(state)
+        return torch.stack(states, dim=1), state
+
+
+def test_a_cell_of_ones_own_starts_as_it_likes_and_is_trained_and_its_error_is_shown(
+    tmp_path, monkeypatch, no_figures
+):
+    cell = rnn.Cell(MinimalGated, "#000000", {"forecaster": 0.01})
+    monkeypatch.setitem(rnn.CELLS, "MGU", cell)
+
+    class MGUForecaster(rnn.Forecaster):
+        """A forecaster on the cell."""
+
+    MGUForecaster.cell = cell
+    settings = {"tasks": ["forecaster"], "quick": True, "output_dir": tmp_path}
+    torch.manual_seed(0)
+    weights = MGUForecaster(1, 16, 1).recurrent.gate.weight
+    torch.manual_seed(0)
+    assert torch.equal(weights, MinimalGated(1, 16, 2, True, 0.0).gate.weight)
+    runs = rnn.run(models=["MGU"], epochs=4, **settings).runs
+    assert runs["model"].tolist() == ["MGU"] and runs["recurrent_parameters"][0] == 2 * 17 * 16 + 32
+    monkeypatch.setattr(MinimalGated, "forward", lambda self, inputs: inputs.no_such_thing)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        rnn.main(["--quick", "--tasks", "forecaster", "--models", "MGU", "--output-dir", "x"])
+
+
+# --- trained models in use ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(quick_run):
+    """A trained model of each task."""
+    folder = quick_run / "models"
+    return {name: rnn.load_checkpoint(folder / f"{name}_GRU_seed1.pt") for name in rnn.TASKS}
+
+
+def test_checkpoints_give_the_outputs_of_the_run(quick_run, trained):
+    runs = rnn.pd.read_csv(quick_run / "pytorch_rnn_runs.csv").query("model == 'GRU' and seed == 1")
+    for name, model in trained.items():
+        task = rnn.TASKS[name]
+        answers = rnn.evaluate(model, task, task.build_data(rnn.QUICK[name], 1).test)
+        expected = runs.set_index("task")["test_loss"][name]
+        assert answers["loss"].mean() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_classifier_gives_probabilities_and_says_how_many_words_it_knows(trained):
+    found = trained["classifier"].predict(["I found plot moving.", "xyzzy", ""])
+    assert found["knows"].tolist() == ["4 of 4 words", "0 of 1 words", "0 of 0 words"]
+    assert found["negative"][0] + found["positive"][0] == pytest.approx(1)
+    assert found[["negative", "positive"]].iloc[2].isna().all()
+    long = "critics found plot dull " * 200
+    most = trained["classifier"].preprocessing["max_words"]
+    last = " ".join(long.split()[-most:])
+    assert found.columns.tolist() == ["negative", "positive", "knows"]
+    one, other = trained["classifier"].predict([long, last])["positive"]
+    assert one == other, "the last words are read, as in training"
+
+
+def test_a_predictor_gives_words_and_continues(trained):
+    model = trained["predictor"]
+    likeliest = model.predict("the sailor", n=3)
+    assert len(likeliest) == 3 and likeliest.is_monotonic_decreasing
+    assert not {rnn.PAD, rnn.UNK} & set(likeliest.index)
+    drawn = model.continue_text("the sailor", length=6, seed=1)
+    assert drawn == model.continue_text("the sailor", length=6, seed=1)
+    first = model.continue_text("the sailor", length=1, temperature=0.0)
+    assert first.strip(" .") in (likeliest.index[0], "")
+
+
+def test_a_forecaster_is_right_at_any_level_and_refuses_what_is_no_number(trained):
+    model = trained["forecaster"]
+    values = np.sin(np.arange(80))
+    found = model.predict(values, length=3)
+    assert model.predict(values + 100, length=3) == pytest.approx(found + 100, abs=1e-3)
+    for wrong in ([], [1.0, math.nan], [[1.0, 2.0]]):
+        with pytest.raises(rnn.InputError, match="finite values, in one dimension"):
+            model.predict(wrong)
+
+
+def test_damaged_and_foreign_files_are_no_models(quick_run, tmp_path):
+    content = (quick_run / "models" / "forecaster_GRU_seed1.pt").read_bytes()
+    path = tmp_path / "model.pt"
+    rng = np.random.default_rng(0)
+    for damage in ("cut", "empty", "text", "code", *range(8)):
+        damaged = bytearray(content)
+        if damage == "cut":
+            damaged = content[:-100]
+        elif damage == "empty":
+            damaged = b""
+        elif damage == "text":
+            damaged = b"no model"
+        elif damage == "code":
+            torch.save(pytest.raises, path)
+            damaged = path.read_bytes()
+        else:
+            damaged[rng.integers(200, len(content) - 2000)] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(rnn.InputError, match="not a trained model"):
+            rnn.load_checkpoint(path)
+
+
+def test_a_free_running_forecast_is_fed_back_and_in_the_units_of_the_series(data):
+    own = data["forecaster"]
+    mean = own.preprocessing["scaler"]["mean"]
+    model = new_model("forecaster", "LSTM", data).eval()
+    found = rnn.forecasts(model, own, shown=4, horizon=5, stride=7)
+    window = own.test.inputs[:1]
+    values = []
+    with torch.no_grad():
+        for _ in range(5):
+            values.append((window[:, -1] + model(rnn.centred(window))).item())
+            window = torch.cat([window[:, 1:], torch.full((1, 1, 1), values[-1])], dim=1)
+    scaled = (np.array(found["free_forecast"]) - mean) / own.unit
+    assert scaled == pytest.approx(np.array(values), abs=1e-4)
+    truth = own.test.targets[:5, 0].double().numpy() * own.unit + mean
+    assert found["free_truth"] == pytest.approx(truth, abs=1e-5)
+    assert found["truth"] == pytest.approx(truth[:4], abs=1e-5)
+    assert found["forecast"][0] == pytest.approx(found["free_forecast"][0], abs=1e-5)
+
+
+def test_a_perfect_model_runs_free_without_error(data):
+    class Oracle(rnn.Forecaster):
+        """Continues a series of period two exactly."""
+
+        cell = rnn.CELLS["RNN"]
+
+        def forward(self, windows):
+            return windows[:, -2] - windows[:, -1]
+
+    rows = rnn.SeriesDataset([0.0, 1.0] * 100, 10)
+    own = replace(data["forecaster"], test=rows, unit=1.0)
+    assert rnn.forecasts(Oracle(1, 4, 1), own)["free_mse"] == [0.0] * 95
+
+
+def test_activation_bytes_grow_with_the_batch_and_leave_the_weights_out(data):
+    task = rnn.TASKS["predictor"]
+    model = new_model("predictor", "RNN", data)
+    batches = [data["predictor"].train.batch(range(n)) for n in (10, 100)]
+    small, large = (rnn.activation_bytes(model, task, *batch) for batch in batches)
+    assert 8 < large / small < 11

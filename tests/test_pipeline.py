@@ -1,254 +1,379 @@
-"""The whole pipeline on the quick configuration: files, tables, figures, checkpoints, errors."""
+"""The whole pipeline on the quick configuration: files, tables, page, resuming, refusals, use."""
 
-import errno
 import inspect
-import json
 import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import pytorch_rnn_models as rnn
-from conftest import ROOT, SCRIPT, copy_records, quick, refusal, summary, table
+from conftest import ROOT, SCRIPT, quick, table, tables
 
 README = (ROOT / "README_pytorch.md").read_text(encoding="utf-8")
-FIGURES = [
-    "time_series_predictions",
-    "parameter_counts",
-    "architectures",
-    "performance_summary",
-    "long_range",
-    "classifier_errors",
-    *(f"{task}_training_history" for task in rnn.TASKS),
-]
-PNGS = {f"pytorch_rnn_{name}.png" for name in FIGURES}
-CSVS = {
-    f"pytorch_rnn_{name}.csv" for name in ("runs", "summary", "comparisons", "costs", "history")
-}
-TABLES = CSVS | {"pytorch_rnn_summary.md"}
-ONE_RUN = ["--quick", "--tasks", "forecaster", "--models", "RNN", "--output-dir"]
-RUNS = [f"{task}_{name}_seed42" for task in rnn.TASKS for name in rnn.DEFAULT_MODELS]
-
-
-def record_of(folder, name):
-    return json.loads((folder / "runs" / f"{name}.json").read_text(encoding="utf-8"))
+REFERENCE = ROOT / "outputs" / "reference"
+FIGURES = """performance_summary long_range time_series_predictions classifier_errors
+    classifier_training_history predictor_training_history forecaster_training_history
+    parameter_counts architectures""".split()
+ONE_RUN = ["--tasks", "forecaster", "--models", "RNN"]
+RUNS = [f"{t}_{m}_seed{s}" for t in rnn.TASKS for m in rnn.DEFAULT_MODELS for s in (1, 2)]
 
 
 def test_a_run_leaves_every_file_of_the_contract_and_no_other(quick_run):
     found = {str(path.relative_to(quick_run)) for path in quick_run.rglob("*") if path.is_file()}
-    baselines = [f"{task}_baselines_seed42" for task in rnn.TASKS]
-    expected = PNGS | TABLES | {"config.json"}
-    expected |= {f"runs/{name}.json" for name in [*RUNS, *baselines]}
+    seeds = [f"{task}_{{}}seed{seed}" for task in rnn.TASKS for seed in (1, 2)]
+    expected = {f"pytorch_rnn_{name}.png" for name in FIGURES}
+    for name in ("runs", "history", "summary", "comparisons", "costs"):
+        expected.add(f"pytorch_rnn_{name}.csv")
+    expected |= {"pytorch_rnn_report.html", "pytorch_rnn_summary.md"}
+    expected |= {f"runs/{name}.json" for name in RUNS}
+    expected |= {f"runs/{name.format('baselines_')}.json" for name in seeds}
     expected |= {f"models/{name}.pt" for name in RUNS}
-    expected |= {f"predictions/{task}_seed42.csv" for task in rnn.TASKS}
+    expected |= {f"predictions/{name.format('')}.csv" for name in seeds}
     assert found == expected
-    for name in PNGS:
-        assert (quick_run / name).read_bytes().startswith(b"\x89PNG")
+    for name in FIGURES:
+        assert (quick_run / f"pytorch_rnn_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_table(quick_run):
+def test_the_tables_have_their_columns_and_agree(quick_run):
     runs = table(quick_run, "runs")
-    columns = (
-        "task,model,seed,learning_rate,parameters,recurrent_parameters,epochs,best_epoch,seconds"
-    )
-    assert ",".join(runs) == f"{columns},val_loss,test_loss,test_accuracy,test_mse,test_mae"
+    columns = "task,model,seed,learning_rate,parameters,recurrent_parameters,epochs,best_epoch"
+    tests = "test_loss,test_accuracy,test_mse,test_mae"
+    assert ",".join(runs) == f"{columns},seconds,val_loss,{tests}"
     assert [f"{run.task}_{run.model}_seed{run.seed}" for run in runs.itertuples()] == RUNS
-    text = runs[runs["task"] != "forecaster"]
-    series = runs[runs["task"] == "forecaster"]
-    assert text["test_accuracy"].between(0, 1).all() and text["test_mse"].isna().all()
-    assert series["test_accuracy"].isna().all()
-    assert (series[["test_mse", "test_mae"]] > 0).all(axis=None)
-    sizes = dict(zip(text["model"], text["recurrent_parameters"]))
-    assert sizes == {"RNN": 15_200, "LSTM": 60_800, "GRU": 45_600}
+    assert runs.groupby("task")["test_mse"].count().to_dict() == {
+        "classifier": 0,
+        "predictor": 0,
+        "forecaster": 6,
+    }
+    history = table(quick_run, "history")
+    first = "task,model,seed,epoch,learning_rate,seconds,ms_per_step,gradient_norm"
+    assert ",".join(history).startswith(f"{first},train_loss,validation_loss,train_accuracy,")
+    best = history.groupby(["task", "model", "seed"])["validation_loss"].min()
+    expected = runs.set_index(["task", "model", "seed"])["val_loss"]
+    assert best[expected.index].tolist() == pytest.approx(expected.tolist())
 
-
-def test_summary_table(quick_run):
     scores = table(quick_run, "summary")
     assert ",".join(scores) == "task,name,kind,metric,mean,std,n"
-    assert set(scores["kind"]) == {"model", "baseline", "ceiling"}
-    assert set(scores["metric"]) == {"accuracy", "loss", "mse", "mae"}
-    assert (scores["n"] == 1).all() and scores["std"].isna().all()
-    assert set(scores[scores["kind"] != "model"]["name"]) == {
-        *("majority class", "naive Bayes, words", "naive Bayes, word pairs", "Bayes decision"),
-        *("unigram", "bigram", "trigram", "log-linear", "full state"),
-        *("persistence", "linear autoregression", "nearest neighbours", "exact filter"),
-    }
-    runs = table(quick_run, "runs").set_index(["task", "model"])
-    for row in scores[scores["kind"] == "model"].itertuples():
-        assert row.mean == pytest.approx(runs.loc[(row.task, row.name), f"test_{row.metric}"])
+    assert set(scores["metric"]) == {"accuracy", "loss", "mse", "mae"} and (scores["n"] == 2).all()
+    names = scores[scores["kind"] != "model"].groupby("task")["name"].unique().map(set)
+    assert names["classifier"] == {"majority class", "naive Bayes", "Bayes decision"}
+    text = {"unigram", "bigram", "trigram", "log-bilinear", "full state"}
+    assert names["predictor"] == text
+    series = {"persistence", "linear autoregression", "feed-forward", "exact filter"}
+    assert names["forecaster"] - {"seasonal naive"} == series
+    means = scores.set_index(["task", "name", "metric"])["mean"]
+    for (task, model), of_model in runs.groupby(["task", "model"]):
+        for metric in (*rnn.TASKS[task].metrics, "loss"):
+            expected = pytest.approx(of_model[f"test_{metric}"].mean())
+            assert means[task, model, metric] == expected
 
-
-def test_comparisons_table(quick_run):
-    found = table(quick_run, "comparisons")
-    assert ",".join(found) == "task,metric,a,b,difference,low,high,verdict"
-    assert found[["low", "high"]].isna().all(axis=None)
-    means = table(quick_run, "summary").set_index(["task", "metric", "name"])["mean"]
-    for row in found.itertuples():
-        expected = means[row.task, row.metric, row.a] - means[row.task, row.metric, row.b]
+    comparisons = table(quick_run, "comparisons")
+    assert ",".join(comparisons) == "task,metric,a,b,difference,low,high,wins,verdict"
+    assert comparisons.groupby("task").size().tolist() == [6, 6, 6]
+    for row in comparisons.itertuples():
+        expected = means[row.task, row.a, row.metric] - means[row.task, row.b, row.metric]
         assert row.difference == pytest.approx(expected, abs=1e-6)
-    pairs = found.groupby(["task", "metric"]).size().to_dict()
-    expected = [
-        *[
-            (task, metric)
-            for task in ("classifier", "predictor")
-            for metric in ("accuracy", "loss")
-        ],
-        *[("forecaster", metric) for metric in ("mse", "mae")],
-    ]
-    assert pairs == dict.fromkeys(expected, 6)  # three pairs of models, each with a baseline
-
-
-def test_history_is_a_table(quick_run):
-    history = table(quick_run, "history")
-    runs = table(quick_run, "runs").set_index(["task", "model"])
-    assert list(history) == ["task", "model", "seed", "epoch", "split", "metric", "value"]
-    losses = history.query("split == 'validation' and metric == 'loss'")
-    best = losses.groupby(["task", "model"])["value"].min()
-    assert best.to_numpy() == pytest.approx(runs.loc[best.index, "val_loss"].to_numpy())
+        better = {True: "undecided"}.get(row.low <= 0 <= row.high)
+        assert row.verdict == better or row.verdict in (f"{row.a} better", f"{row.b} better")
+    costs = table(quick_run, "costs")
+    sizes = "task,model,parameters,recurrent_parameters,ms_per_step"
+    assert ",".join(costs) == f"{sizes},samples_per_second,activation_bytes" and len(costs) == 9
 
 
 def test_predictions_agree_with_the_scores(quick_run):
-    runs = table(quick_run, "runs").set_index(["task", "model"])
+    runs = table(quick_run, "runs").set_index(["task", "model", "seed"])
     for task in rnn.TASKS:
-        found = pd.read_csv(quick_run / "predictions" / f"{task}_seed42.csv")
-        assert {"truth", *rnn.DEFAULT_MODELS} < set(found)
+        found = pd.read_csv(quick_run / "predictions" / f"{task}_seed1.csv")
         for model in rnn.DEFAULT_MODELS:
-            tested = runs.loc[(task, model)]
+            tested = runs.loc[(task, model, 1)]
             if task == "forecaster":
                 errors = (found[model] - found["truth"]) ** 2
                 assert errors.mean() == pytest.approx(tested["test_mse"], rel=1e-4)
             else:
                 hits = found[model] == found["truth"]
                 assert hits.mean() == pytest.approx(tested["test_accuracy"])
-                assert found[f"{model} probability"].between(0, 1).all()
 
 
-def test_markdown_summary_names_every_model_and_reference(quick_run):
-    words = ["RNN", "LSTM", "GRU", "naive Bayes", "trigram", "persistence", "perplexity"]
-    for word in (*words, torch.__version__, *(task.question for task in rnn.TASKS.values())):
-        assert word in summary(quick_run)
+class Page(HTMLParser):
+    """What stands on a page: its headings in order, and the sources of its figures."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.headings = []
+        self.figures = []
+        self.tag = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tag = tag
+        if tag == "img":
+            self.figures.append(dict(attrs)["src"])
+
+    def handle_data(self, data):
+        if self.tag == "h2" and data.strip():
+            self.headings.append(data)
 
 
-def test_checkpoints_give_the_outputs_of_the_run(quick_run, data):
-    for name in RUNS:
-        model = rnn.load_checkpoint(quick_run / "models" / f"{name}.pt")
-        task = rnn.TASKS[name.partition("_")[0]]
-        assert type(model) is task.models[name.split("_")[1]]
-        tested = task.build_data(rnn.QUICK[task.name], 42)
-        answers = rnn.evaluate(model, task, tested.test)
-        again = task.measure(answers["loss"], answers["score"], tested.unit)
-        assert again == pytest.approx(model.metrics, rel=1e-5)
+def test_the_page_begins_with_what_was_found_and_needs_no_other_file(quick_run):
+    page = Page((quick_run / "pytorch_rnn_report.html").read_text(encoding="utf-8"))
+    titles = [task.title for task in rnn.TASKS.values()]
+    assert page.headings[:4] == [*titles, "Figures"]
+    assert len(page.figures) == len(FIGURES)
+    assert all(source.startswith("data:image/png;base64,") for source in page.figures)
+    markdown = (quick_run / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    assert re.findall(r"!\[.*?\]\((.*?)\)", markdown)[0] == "pytorch_rnn_performance_summary.png"
+    for word in ("naive Bayes", "persistence", "ceiling", "undecided", torch.__version__):
+        assert word in markdown
 
 
-def test_workers_and_slices_change_nothing_and_tell_of_their_progress(
-    quick_run, tmp_path, no_figures, capfd
-):
-    models = ["--models", "RNN", "GRU"]
-    assert quick(tmp_path, "--tasks", "predictor", *models, "--workers", 2) == 0
+def test_the_terminal_shows_progress_the_small_tables_and_where_the_page_is(tmp_path, capsys):
+    assert quick(tmp_path, "--tasks", "forecaster") == 0
+    printed, progress = capsys.readouterr()
+    line = r"forecaster_GRU_seed42  epoch  2  train/val loss [\d.]+/[\d.]+ mae [\d.]+/"
+    assert re.search(line, progress) and "forecaster_GRU_seed42  done (4 of 4)" in progress
+    assert "\r" not in progress, "no bar where there is no terminal"
+    assert str(tmp_path / "pytorch_rnn_report.html") in printed and "exact filter" in printed
+    assert len(printed.splitlines()) <= 20
+
+
+def test_workers_slices_and_resuming_change_nothing(quick_run, tmp_path, no_figures, capfd):
+    """Of one task, beside the same task of the whole run."""
+    settings = ["--seeds", 1, 2, "--tasks", "forecaster", "--models"]
+    assert quick(tmp_path, *settings, "RNN", "LSTM", "--workers", 2) == 0
+    assert quick(tmp_path, *settings, "GRU") == 0
     error = capfd.readouterr().err
-    for name in ("predictor_RNN_seed42", "predictor_GRU_seed42"):
-        parallel = record_of(tmp_path, name)
-        alone = record_of(quick_run, name)
-        for record in (parallel, alone):
-            del record["cost"], record["digest"]  # of the times as well
-            for row in record["history"]:
-                del row["seconds"]
-        assert parallel == alone
-        label = f"predictor_{alone['model']}_seed42  epoch "
-        assert error.count(label) == 2
-    assert not multiprocessing.active_children()
+    assert (
+        error.count("forecaster_RNN_seed1  epoch ") == 2 and not multiprocessing.active_children()
+    )
+    assert tables(tmp_path) == tables(quick_run, "forecaster")
+
+    (tmp_path / "runs" / "forecaster_RNN_seed1.json").unlink()
+    record = tmp_path / "runs" / "forecaster_GRU_seed2.json"
+    record.write_text(record.read_text()[:-9])
+    (tmp_path / "models" / "forecaster_LSTM_seed1.pt").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("models/*.pt")}
+    assert quick(tmp_path, *settings, *rnn.DEFAULT_MODELS, "--resume") == 0
+    written = {path.stem for path in before if path.stat().st_mtime_ns != before[path]}
+    assert written == {"forecaster_RNN_seed1", "forecaster_GRU_seed2"}
+    assert (tmp_path / "models" / "forecaster_LSTM_seed1.pt").exists()
+    assert tables(tmp_path) == tables(quick_run, "forecaster")
+    assert quick(tmp_path, *settings, "GRU") == 0
+    assert "4 finished runs are trained again; --resume would keep them" in capfd.readouterr().err
 
 
-def diverge(monkeypatch):
-    """Make every run of the forecaster diverge."""
-    honest = rnn.fit
+def made_up_fit(monkeypatch, losses):
+    """Make `fit` return a history with the loss that `losses(rate, seed)` gives."""
+    fitted = []
 
-    def fit(model, task, *arguments):
-        if task is rnn.FORECASTER:
+    def fit(model, task, data, config, learning_rate, seed, on_epoch=None):
+        loss = losses(learning_rate, seed)
+        fitted.append((type(model).__name__, learning_rate, seed))
+        if loss is None:
             raise rnn.Diverged("the loss is not finite")
-        return honest(model, task, *arguments)
+        row = {"epoch": 1, "learning_rate": learning_rate, "validation_loss": loss}
+        times = {"seconds": 1.0, "ms_per_step": 1.0, "gradient_norm": 1.0}
+        return [{**row, **times, "train_loss": loss, "train_mae": 1.0, "validation_mae": 1.0}]
 
     monkeypatch.setattr(rnn, "fit", fit)
+    return fitted
 
 
-def test_a_failed_run_is_status_1_and_keeps_what_was_finished(
-    capsys, tmp_path, monkeypatch, no_figures
+def test_the_rate_with_the_lowest_mean_validation_loss_is_chosen(tmp_path, monkeypatch, no_figures):
+    table_of_losses = {3e-4: (5, 5), 1e-3: (1, 6), 3e-3: (3, 3), 1e-2: (0, None)}
+    fitted = made_up_fit(monkeypatch, lambda rate, seed: table_of_losses[rate][seed])
+    settings = {"tasks": ["forecaster"], "models": ["RNN"], "seeds": [0, 1], "tune": True}
+    results = rnn.run(quick=True, output_dir=tmp_path, **settings)
+    assert results.runs["learning_rate"].tolist() == [3e-3, 3e-3] and results.failed == 0
+    chosen = table(tmp_path, "tuning").query("chosen")
+    assert chosen["learning_rate"].tolist() == [3e-3, 3e-3] and len(results.tuning) == 8
+    trained = [run for run in fitted if run[0] == "RNNForecaster"]
+    assert len(trained) == 8, "what tuning has trained is not trained again"
+    rnn.run(quick=True, output_dir=tmp_path, resume=True, **settings)
+    again = [run for run in fitted if run[0] == "RNNForecaster"][8:]
+    assert again == [("RNNForecaster", 1e-2, 1)], "only what failed is tried again"
+
+
+def test_a_failed_run_is_named_and_costs_the_others_nothing(
+    tmp_path, monkeypatch, no_figures, capsys
 ):
-    diverge(monkeypatch)
-    assert quick(tmp_path, "--tasks", "predictor", "forecaster", "--models", "RNN") == 1
+    losses = {"RNNForecaster": None}
+    honest = rnn.fit
+
+    def fit(model, *arguments):
+        if losses.get(type(model).__name__, 1) is None:
+            raise rnn.Diverged("the loss is not finite")
+        return honest(model, *arguments)
+
+    monkeypatch.setattr(rnn, "fit", fit)
+    arguments = ["--tasks", "predictor", "forecaster", "--models", "RNN"]
+    assert quick(tmp_path, *arguments) == 1
     assert "failed: forecaster_RNN_seed42: the loss is not finite" in capsys.readouterr().err
     assert table(tmp_path, "runs")["task"].tolist() == ["predictor"]
+    assert quick(tmp_path / "alone", *ONE_RUN) == 1
+    assert "no run is finished" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_where_all_runs_fail_there_is_a_line_and_no_table(capsys, tmp_path, monkeypatch):
-    diverge(monkeypatch)
-    assert quick(tmp_path, "--tasks", "forecaster", "--models", "RNN") == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("pytorch_rnn_models.py: no run")
-    assert not list(tmp_path.glob("pytorch_rnn_*"))
+def test_another_configuration_in_the_same_folder_is_refused(quick_run, tmp_path, capsys):
+    shutil.copytree(quick_run / "runs", tmp_path / "runs")
+    assert quick(tmp_path, *ONE_RUN, "--window", 20) == 2
+    assert "window (50, not 20)" in capsys.readouterr().err
+    assert not (tmp_path / "pytorch_rnn_runs.csv").exists()
 
 
-def test_report_is_made_from_the_records_alone(quick_run, tmp_path):
-    copy_records(quick_run, tmp_path)
+def test_a_report_is_made_from_the_records_alone(quick_run, tmp_path):
+    shutil.copytree(quick_run / "runs", tmp_path / "runs")
+    (tmp_path / "predictions").mkdir()
     assert rnn.main(["--report", "--output-dir", str(tmp_path)]) == 0
-    for name in PNGS | TABLES:
-        assert (tmp_path / name).read_bytes() == (quick_run / name).read_bytes()
+    for path in quick_run.glob("pytorch_rnn_*"):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_report_without_the_baselines_leaves_them_out(quick_run, tmp_path):
-    """As after an interruption, or where slices of the runs come from several machines."""
-    absent = shutil.ignore_patterns("*baselines*", "forecaster*")
-    copy_records(quick_run, tmp_path, absent)
-    assert rnn.main(["--report", "--output-dir", str(tmp_path)]) == 0
-    assert set(table(tmp_path, "summary")["kind"]) == {"model"}
-    assert not list(tmp_path.glob("*forecaster*"))
-    assert (tmp_path / "pytorch_rnn_long_range.png").exists()
+def test_what_cannot_be_written_or_drawn_costs_the_others_nothing(
+    quick_run, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(quick_run, tmp_path / "out")
+    for path in folder.glob("pytorch_rnn_*"):
+        path.unlink()
+    (folder / "pytorch_rnn_runs.csv").mkdir()  # as a table that is open in a spreadsheet
 
+    def broken(_results):
+        raise ZeroDivisionError("no such luck")
 
-def test_no_cost_is_measured_where_no_model_is_left(quick_run, tmp_path, monkeypatch, no_figures):
-    folder = shutil.copytree(quick_run, tmp_path / "done")
-    monkeypatch.setattr(rnn, "measure_costs", None)
-    assert quick(folder, "--resume") == 0
-    (folder / "runs" / "forecaster_baselines_seed42.json").unlink()
-    assert quick(folder, "--resume") == 0
-
-
-def test_seeds_run_later_are_added_to_the_earlier_ones(tmp_path, no_figures):
-    for seed in (5, 3):
-        assert quick(tmp_path, "--tasks", "forecaster", "--models", "RNN", "--seeds", seed) == 0
-    runs = table(tmp_path, "runs")
-    assert runs["seed"].tolist() == [3, 5]
-    assert "3, 5" in summary(tmp_path) and "One seed" not in summary(tmp_path)
-    scores = table(tmp_path, "summary").query("metric == 'mse'").set_index("name")
-    expected = runs["test_mse"].agg(["mean", "std", "count"])
-    assert scores.loc["RNN", ["mean", "std", "n"]].tolist() == pytest.approx(expected.tolist())
-    again = ["--tasks", "forecaster", "--models", "RNN", "--seeds", 3, "--learning-rate", 0.5]
-    assert quick(tmp_path, *again) == 0
-    assert "mix runs at different learning rates" in summary(tmp_path)
-
-
-def test_terminal_output(capsys, tmp_path, no_figures):
-    assert quick(tmp_path, "--tasks", "forecaster", "--models", "GRU") == 0
-    printed, progress = capsys.readouterr()
-    assert all(
-        word in printed for word in ("Time-series forecasting", "persistence", str(tmp_path))
-    )
-    line = r"forecaster_GRU_seed42  epoch  2  train/val loss [\d.]+/[\d.]+, mse [\d.]+/"
-    assert re.search(line, progress)
-    assert re.search(r"forecaster_GRU_seed42  done \(2 of 2, \S+ left\)", progress)
-    assert "\r" not in progress, "no bar where there is no terminal"
-
-
-def test_a_folder_that_cannot_be_written_is_one_line_and_status_1(capsys, tmp_path):
-    (tmp_path / "FILE").write_text("")
-    assert quick(tmp_path / "FILE" / "below", "--tasks", "forecaster") == 1
+    monkeypatch.setitem(rnn.FIGURES, "parameter_counts", (broken, "", ""))
+    assert rnn.main(["--report", "--output-dir", str(folder)]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "below: cannot be written" in error
+    assert "parameter_counts could not be drawn: no such luck" in error
+    assert "pytorch_rnn_runs.csv could not be written" in error and error.count("\n") == 2
+    missing = {p.name for p in quick_run.glob("pytorch_rnn_*")} - {p.name for p in folder.iterdir()}
+    assert missing == {"pytorch_rnn_parameter_counts.png"}
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"task": "chess"}', '{"task": "pre'])
+def test_whatever_lies_among_the_records_is_named_and_left_out(
+    content, quick_run, tmp_path, capsys, no_figures
+):
+    shutil.copytree(quick_run, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "runs" / "forecaster_RNN_seed1.json"
+    path.write_text(content)
+    assert rnn.main(["--report", "--output-dir", str(tmp_path)]) == 0
+    assert path.name in capsys.readouterr().err
+    assert len(table(tmp_path, "runs")) == len(RUNS) - 1
+
+
+REFUSED = [
+    (["--tasks", "clasifier"], "'clasifier'"),
+    (["--models", "lstm"], "'RNN', 'LSTM', 'GRU'"),
+    (["--seeds", "-1"], "-1"),
+    (["--seeds", "1.5"], "1.5"),
+    (["--epochs", "0"], "epochs 0"),
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--device", "tpu"], "tpu"),
+    (["--report", "--output-dir", "EMPTY"], "no run is finished"),
+    (["--learning-rate", "fast"], "'fast'"),
+    (["--hidden-dim", "0"], "hidden_dim 0"),
+    (["--dropout", "1.5"], "dropout 1.5"),
+    (["--tune", "--learning-rate", "0.1"], "--tune cannot go together"),
+    (["--tune", "--predict", "a.pt", "b"], "tune: cannot go together with --predict"),
+    (["--length", "3"], "length"),
+    (["--text-column", "x"], "--reviews"),
+    (["--window", "5", "--tasks", "classifier"], "window: no setting of classifier"),
+    (["--tasks", "predictor", "--reviews", "FILE"], "reviews: no setting of predictor"),
+    (["--reviews", "."], "cannot be read"),
+    (["--predict", "none.pt", "b"], "none.pt"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("text,label\na,1\nb,2\n")
+    assert rnn.main(arguments) == 2
+    printed, error = capsys.readouterr()
+    assert not printed and error.startswith("pytorch_rnn_models.py: ") and message in error
+    assert error.count("\n") == 1 and len(error) < 320
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"models": "IRNN"},
+        {"tasks": []},
+        {"seeds": 3},
+        {"seeds": [1.5]},
+        {"epochs": "9"},
+        {"epochs": True},
+        {"clip_norm": -1},
+        {"reliability": float("nan")},
+        {"no_such_setting": 1},
+        {"workers": 0},
+    ],
+)
+def test_run_refuses_arguments_of_the_wrong_kind(settings, tmp_path):
+    with pytest.raises(rnn.InputError, match=next(iter(settings))):
+        rnn.run(quick=True, output_dir=tmp_path, **settings)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path, no_figures):
+    settings = {"tasks": ["forecaster"], "models": ["RNN"], "quick": True, "output_dir": tmp_path}
+    results = rnn.run(
+        seeds=np.arange(2), hidden_dim=np.int64(4), clip_norm=np.float32(2), **settings
+    )
+    assert results.runs["seed"].tolist() == [0, 1]
+
+
+def test_help_names_every_option_of_run_and_every_setting(capsys):
+    assert rnn.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    options = [*inspect.signature(rnn.run).parameters][:-1]
+    for config in rnn.DEFAULT.values():
+        options += config.numbers()
+    for option in options:
+        assert f"--{option.replace('_', '-')}" in text
+
+
+def test_predict_answers_for_texts_and_files(quick_run, tmp_path, capsys):
+    models = quick_run / "models"
+    (tmp_path / "reviews.csv").write_text("id,text\n1,I found plot moving\n2,nothing\n")
+    (tmp_path / "series.csv").write_text("y\n" + "\n".join(map(str, np.sin(range(60)))))
+    calls = {
+        "classifier": (
+            "I found plot moving",
+            r"negative,positive,knows,text\n0\.\d+,0\.\d+,4 of 4 words,I",
+        ),
+        "predictor": ("the sailor near the", r"(\S+ +0\.\d+\s+){5}\S+"),
+        "forecaster": (tmp_path / "series.csv", r"step,value\n1,-?\d"),
+    }
+    for task, (source, expected) in calls.items():
+        assert rnn.main(["--predict", str(models / f"{task}_GRU_seed1.pt"), str(source)]) == 0
+        assert re.match(expected, capsys.readouterr().out)
+    path = str(tmp_path / "reviews.csv")
+    assert rnn.main(["--predict", str(models / "classifier_GRU_seed1.pt"), path]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "negative,positive,knows,text"
+
+
+def test_the_same_seed_gives_the_same_numbers_whatever_the_hash_seed_and_the_threads(tmp_path):
+    processes = []
+    for name, environment in (("1", {"PYTHONHASHSEED": "1"}), ("2", {"OMP_NUM_THREADS": "1"})):
+        command = [*SCRIPT, "--quick", "--models", "GRU", "--output-dir", str(tmp_path / name)]
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        processes.append(subprocess.Popen(command, env={**os.environ, **environment}, **options))
+    assert [process.wait() for process in processes] == [0, 0]
+    assert tables(tmp_path / "1") == tables(tmp_path / "2")
+
+
+def test_importing_does_nothing_and_a_fresh_process_needs_no_warning(tmp_path):
+    code = "import pytorch_rnn_models as rnn; rnn.main(['--help'])"
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
@@ -260,7 +385,7 @@ def test_one_bar_fits_a_terminal_of_80_columns(tmp_path):
 
     parent, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [*SCRIPT, *ONE_RUN, str(tmp_path)]
+    command = [*SCRIPT, "--quick", *ONE_RUN, "--output-dir", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=terminal)
     os.close(terminal)
     seen = b""
@@ -278,200 +403,40 @@ def test_one_bar_fits_a_terminal_of_80_columns(tmp_path):
     assert any("forecaster_RNN_seed42  epoch  1  train/val loss" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tasks", "clasifier"], "'clasifier': choose from classifier, predictor, forecaster"),
-        (["--models", "lstm"], "'lstm': choose from RNN, LSTM, GRU"),
-        (["--model", "GRU"], "--model GRU"),
-        (["--seeds", "1", "x" * 10_000], "..."),
-        (["--corpus", "a\x1b[31m\r\nb\u202e"], "a\\x1b[31m\\r\\nb\\u202e: cannot be read (No such"),
-        (["--corpus", ""], ": cannot be read (No such file"),
-        (["--seed", "3"], "--seed goes with --predict"),
-        (["--seeds", "-1"], "--seeds -1"),
-        (["--seeds", "1.5"], "'1.5'"),
-        (["--seeds", str(2**64)], "--seeds"),
-        (["--epochs", "0"], "--epochs 0"),
-        (["--epochs", "9" * 308], "--epochs"),
-        (["--no-such-flag"], "--no-such-flag"),
-        (["--device", "mps"], "there is none here"),
-        (["--report", "--output-dir", "EMPTY"], "train first"),
-        (["--learning-rate", "0"], "--learning-rate 0"),
-        (["--learning-rate", "fast"], "'fast'"),
-        (["--hidden-dim", "0"], "--hidden-dim 0"),
-        (["--hidden-dim", str(2**63)], "--hidden-dim"),
-        (["--tune", "--learning-rate", "0.1"], "--tune cannot go together with --report or --l"),
-        (["--tune", "--report"], "--tune cannot go together with --report or --learning-rate"),
-        (["--tune", "--predict", "a.pt", "b"], "--predict cannot go together"),
-        (["--text-column", "x"], "a column goes with --reviews or --predict"),
-        (["--series-column", "x"], "a column goes with --series or --predict"),
-        (["--window", "5", "--tasks", "classifier"], "--window is for predictor and forecaster"),
-        (["--tasks", "predictor", "--reviews", "f.csv"], "--reviews is for the classifier"),
-        (["--quick", "--series", "FILE", "--series-column", "u"], "no column 'u'"),
-        (["--reviews", "."], ".: cannot be read (Is a directory)"),
-        (["--series", "a" * 252 + ".csv"], "aaa.csv: cannot be read"),
-        (["--corpus", "broken.gz"], "broken.gz: cannot be read"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(rnn, "complete_runs", lambda *_: pytest.fail("trained"))
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "FILE").write_text("day,temperature\nmon,1\ntue,2\n")
-    (tmp_path / "broken.gz").write_bytes(b"no gzip at all")
-    assert message in refusal(arguments, capsys)
-
-
-def test_an_interrupted_run_is_status_130_and_still_names_what_failed(
-    tmp_path, monkeypatch, capsys
-):
-    errors = iter([RuntimeError("beyond all bounds"), KeyboardInterrupt])
-
-    def interrupted(*_):
-        raise next(errors)
-
-    monkeypatch.setattr(rnn, "fit", interrupted)
-    assert quick(tmp_path, "--tasks", "classifier", "--models", "RNN", "GRU") == 130
-    *_, failed, last = capsys.readouterr().err.splitlines()
-    assert re.match(r"failed: classifier_(RNN|GRU)_seed42: beyond all bounds \(2 of 3, ", failed)
-    assert "interrupted" in last and "--resume" in last and "--report" in last
-
-
-def test_a_container_may_grant_less_than_the_machine_has(monkeypatch):
-    def cores(quota):
-        monkeypatch.setattr(rnn.Path, "read_text", lambda _: quota)
-        return rnn.usable_cores()
-
-    all_cores = cores("max 100000")
-    assert all_cores >= 1 and cores("9900000 100000") == all_cores
-    assert cores("50000 100000") == 1
-    monkeypatch.undo()
-    assert 1 <= rnn.usable_cores() <= all_cores
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files that are bytes")
-def test_a_file_name_that_is_no_utf_8_goes_from_option_to_summary_and_figures(tmp_path):
-    series = os.fsdecode(os.fsencode(tmp_path) + b"/no-\xff.csv")
-    with open(series, "w") as file:  # noqa: PTH123 (a name in bytes)
-        file.writelines(f"{i % 7}\n" for i in range(500))
-    models = ["--tasks", "forecaster", "--models", "RNN"]
-    assert quick(tmp_path / "out", *models, "--epochs", 1, "--series", series) == 0
-    assert "no-" in summary(tmp_path / "out")
-
-
-def test_help_names_every_option_of_run(capsys):
-    assert rnn.main(["--help"]) == 0
-    text = capsys.readouterr().out
-    for name in inspect.signature(rnn.run).parameters:
-        assert f"--{name.replace('_', '-')}" in text
-
-
-def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
-    def full(_descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    target = tmp_path / "file"
-    target.write_text("old")
-    monkeypatch.setattr(rnn.os, "fsync", full)
-    with pytest.raises(OSError, match=re.escape(f"No space left on device: {str(target)!r}")):
-        rnn.write_whole(target, "half of the n")
-    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
-
-
-def test_run_returns_the_scores_the_examples_and_the_figures(tmp_path, no_figures):
-    results = rnn.run(
-        tasks=["forecaster"], models=["RNN"], seeds=[1, 2], quick=True, output_dir=tmp_path
-    )
-    assert list(results.scores) == ["task", "name", "kind", "seed", "metric", "value"]
-    assert set(results.scores["seed"]) == {1, 2} and results.failed == 0
-    model = results.examples.query("name == 'RNN' and seed == 1")
-    expected = results.scores.query("name == 'RNN' and seed == 1 and metric == 'mae'")["value"]
-    errors = (model["answer"].astype(float) - model["truth"]).abs()
-    assert errors.mean() == pytest.approx(expected.item(), rel=1e-4)
-    assert set(results.figures) >= {"performance_summary", "time_series_predictions"}
-    with pytest.raises(rnn.InputError, match="'forecast'"):
-        rnn.run(tasks=["forecast"])
-
-
-# --- devices ---------------------------------------------------------------------------
-
-
-def test_auto_takes_no_device_that_is_visible_and_does_not_work(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert rnn.choose_device("auto") == rnn.CPU
-    assert "CUDA is there" in capsys.readouterr().err
-
-
-def test_settings_are_put_back_after_a_run(tmp_path, no_figures):
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(2)
-    assert quick(tmp_path, "--tasks", "forecaster", "--models", "RNN") == 0
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(before[0])
-    assert torch.are_deterministic_algorithms_enabled() == before[1]
-
-
-def test_runs_of_different_devices_in_one_folder_are_said(quick_run, tmp_path, no_figures):
-    shutil.copytree(quick_run, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "runs" / "forecaster_GRU_seed42.json"
-    record = json.loads(path.read_text())
-    record["environment"]["device"] = "some GPU"
-    del record["digest"]
-    path.write_text(rnn.with_digest(record))
-    assert rnn.main(["--report", "--output-dir", str(tmp_path)]) == 0
-    assert "device: cpu, some GPU" in summary(tmp_path)
-
-
-# --- the README and the committed results ---------------------------------------------
-
-
-def plain(text):
-    """A table without its bold marks and padding."""
-    return re.sub(r" +", " ", re.sub(r"-{3,}", "---", text.replace("*", "")))
+# --- what is committed ----------------------------------------------------------------
 
 
 def test_the_readme_fits_its_limit_and_shows_the_committed_tables():
-    assert len(README.splitlines()) <= 155
-    parts = re.findall(r"<!-- (\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert len(parts) == 2, "the scores, and what is commonly said"
-    for path, part in parts:
-        committed = plain((ROOT / path).read_text(encoding="utf-8"))
-        rows = [line for line in part.splitlines() if line.startswith("|")]
-        assert len(rows) > 10
-        for row in rows:
-            assert plain(row) in committed, row
+    assert len(README.splitlines()) <= 110
+    summary = (REFERENCE / "pytorch_rnn_summary.md").read_text(encoding="utf-8")
+    rows = [line for line in README.splitlines() if "±" in line and not line[0].isalnum()]
+    assert len(rows) >= 15
+    for row in rows:
+        assert row in summary, row
 
 
-def test_bold_in_the_readme_are_the_models_that_are_better_than_the_best_baseline():
-    found = table(ROOT / "outputs" / "reference", "comparisons")
-    first = found["metric"].isin(["accuracy", "mse"]) & ~found["b"].isin(rnn.CELLS)
-    better = [
-        row.a for row in found[first].itertuples() if row.verdict.startswith(f"{row.a} better")
-    ]
-    bold = re.findall(r"^\| (\w+) +\| model +\| \*\*[^*]+\*\*", README, re.MULTILINE)
-    assert bold == better
+def test_committed_results_hold_every_run_and_lie_in_the_expected_bands():
+    runs = table(REFERENCE, "runs")
+    assert len(runs) == 120 and runs["seed"].nunique() == 10
+    accuracy = 100 * runs.groupby(["task", "model"])["test_accuracy"].mean()
+    bands = {("classifier", "LSTM"): (75, 85), ("classifier", "RNN"): (60, 70)}
+    bands.update({("classifier", "GRU"): (70, 80), ("predictor", "LSTM"): (40, 60)})
+    for key, (low, high) in bands.items():
+        assert low <= accuracy[key] <= high, key
+    sizes = runs.query("task != 'forecaster'").groupby("model")["recurrent_parameters"].unique()
+    assert sizes.map(list).to_dict() == {
+        "RNN": [15_200],
+        "LSTM": [60_800],
+        "GRU": [45_600],
+        "IRNN": [15_200],
+    }
 
 
-def test_the_readme_names_the_command_of_the_committed_runs():
-    seeds = table(ROOT / "outputs" / "reference", "runs")["seed"].unique()
-    assert " ".join(map(str, seeds)) in README
-
-
-@pytest.mark.parametrize(("folder", "seeds"), [("reference", 10), ("unseen_seeds", 5)])
-def test_committed_results_hold_every_run_and_lie_in_the_expected_bands(folder, seeds):
-    runs = table(ROOT / "outputs" / folder, "runs")
-    assert (
-        len(runs) == 12 * seeds
-        and runs.groupby(["task", "model"])["seed"].nunique().eq(seeds).all()
-    )
-    accuracy = runs.groupby(["task", "model"])["test_accuracy"].mean()
-    assert 0.75 <= accuracy["classifier", "LSTM"] <= 0.85
-    assert 0.70 <= accuracy["classifier", "GRU"] <= 0.82
-    assert 0.60 <= accuracy["classifier", "RNN"] <= 0.70
-    assert 0.40 <= accuracy["predictor", "LSTM"] <= 0.60
-    assert accuracy["predictor", "RNN"] < accuracy["predictor", "LSTM"]
-    scores = table(ROOT / "outputs" / folder, "summary")
-    for task, rows in scores[scores["metric"].isin(["accuracy", "mse"])].groupby("task"):
-        values = rows.set_index("name")["mean"] * (-1 if task == "forecaster" else 1)
-        ceiling = values[rows[rows["kind"] == "ceiling"]["name"]].max()
-        assert (values <= ceiling).all(), f"a score above the ceiling of the {task}"
+def test_the_readmes_commands_are_options_of_the_script(capsys):
+    assert rnn.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    lines = re.findall(r"pytorch_rnn_models\.py (--.*)|`(--[^`]*)`", README)
+    flags = set(re.findall(r"--[a-z-]+", " ".join(map("".join, lines))))
+    assert len(flags) > 10
+    for flag in flags:
+        assert flag in text, flag
