@@ -14,19 +14,20 @@ and `fit`, 150 lines. Then `generate_reviews` for what a task asks, and `compare
 called better.
 
 Sections (each uses only what stands above it; search for the name between two ruled lines)
-    Configuration     every setting with its reason, the cells and their learning rates
+    Configuration     the settings of tasks and training, the cells and their learning rates
     Datasets          batches, words and vocabulary, the cut into three parts
     Generated data    reviews, corpus, series; the best possible forecast of the series
     Your own data     a file or data from Python -> a table of reviews, lines or values
     Models            recurrent layer, three heads, the named classes, saving and loading
     Training          device, one step, one epoch, evaluation, early stopping
-    Baselines         majority, naive Bayes, n-grams, persistence, least squares, neighbours,
-                      and a network without recurrence
-    Tasks             the preparation of each task's data; all that differs between the tasks
+    Baselines         majority, naive Bayes, n-grams, persistence, season, least squares,
+                      and networks without recurrence, with their learning rates
+    Tasks             each task's data prepared (split, cut, encoded), its loss and metrics, a
+                      model built from the configuration
     Evidence          effect of a change, forecasts fed back, memory, what a model consists of
     Experiment        a run and its files, runs in several processes, choice of learning rates
     Results           scores, differences with intervals, by distance, what is commonly said
-    Figures           each made from the tables; the report
+    Figures           each made from the tables; the report and all its files
     Command line      options, `run`, `--predict`, `main`
 
 Shapes in comments: N examples, B batch, T time steps, E embedding, F input features, H hidden
@@ -97,12 +98,12 @@ class Cell:
 
     layer: Callable  # a class of PyTorch's recurrent layers, or one that is called like them
     colour: str  # in all figures; these are safe for colour-blind readers (Okabe & Ito 2008)
-    learning_rates: Mapping  # Adam's at the start, by task: what `--tune` chose
+    learning_rates: Mapping  # Adam's at the start, by task
     start: Callable | None = None  # fills the recurrent weights; else each task has its own
 
 
-# The rates are those of `--tune --models RNN LSTM GRU IRNN --seeds 0 1 2 3 4 --output-dir
-# outputs/tuning` with the settings below: if these change, they have to be chosen again.
+# The rates were chosen on seeds 0 to 4, by a wider search than `--tune` makes now (see
+# outputs/tuning/what_else_was_tried.md), with the settings below: if these change, choose again.
 CELLS = {
     "RNN": Cell(nn.RNN, "#D55E00", {"classifier": 1e-3, "predictor": 3e-3, "forecaster": 3e-3}),
     "LSTM": Cell(nn.LSTM, "#0072B2", {"classifier": 1e-2, "predictor": 3e-3, "forecaster": 1e-2}),
@@ -123,14 +124,14 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # the grid of --tune
 def check_number(name, value, default):
     """Raise InputError unless `value` is a number of the kind of `default`, and in its range.
 
-    Whole numbers are above zero if the default is; others not below it, and below one if the
-    default is.
+    Whole numbers: from 1, or from 0 if the default is 0. Others: from 0, to 0.999 if the default
+    is below 1.
     """
     is_whole = isinstance(default, int)
     kind = Integral if is_whole else Real
     least = 1 if is_whole and default else 0
     most = 1e15 if is_whole or default >= 1 else 0.999
-    if not isinstance(value, kind) or value is True or not least <= value <= most:
+    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
         what = "a whole number" if is_whole else "a number"
         raise InputError(f"{name} {value!r}: it must be {what} from {least} to {most:g}")
 
@@ -140,7 +141,7 @@ class UserData:
     """A user's own data, which take the place of the generated."""
 
     name: str  # of the file, or of the option that they were given for
-    digest: str  # of what was read: a run belongs to it, wherever the file lies
+    digest: str  # a hash of the data: a run is one of these data, wherever the file lies
     table: DataFrame = field(compare=False)
     notes: tuple = ()  # sentences on what may mislead
 
@@ -155,15 +156,16 @@ class TaskConfig:
     dropout: float = 0.2
     # how a model is trained; all but the learning rate is the same for all cells of a task
     epochs: int = 100  # upper bound; early stopping may end sooner
-    batch_size: int = 128  # examples per update; of few data fewer: `batch_size_for`
-    # of an epoch, at least: it passes several times over few data, so that patience and schedule
-    # mean the same for them
+    batch_size: int = 128  # examples per update; fewer if there are few: `batch_size_for`
+    # fewest updates of an epoch: with few data it passes over them several times, so that patience
+    # and schedule mean the same for them
     updates: int = 50
     accumulate_steps: int = 1  # micro-batches of a batch, to save memory; the gradient is equal
     lr_factor: float = 0.5  # the rate is multiplied by this on a plateau of the validation loss
-    lr_patience: int = 1  # epochs without improvement by 0.01 % or more before the rate falls
-    # epochs without improvement after which training ends; lr_patience + 2 or more, or the rate
-    # never falls
+    # so many epochs without improvement by 0.01 % pass; after the next one the rate falls
+    lr_patience: int = 1
+    # epochs without improvement after which training ends; lr_patience + 2 or more, for training
+    # that ends earlier never sees the lower rate
     patience: int = 4
     weight_decay: float = 0.0  # pulls back embeddings of rare words, which memorise
     clip_norm: float = 1.0  # larger gradients are scaled down to this norm
@@ -175,10 +177,10 @@ class TaskConfig:
         return {name: value for name, value in defaults.items() if isinstance(value, (int, float))}
 
     def batch_size_for(self, n_examples):
-        """A twentieth of few examples, but 16.
+        """A twentieth of the examples, at least 16, at most `batch_size`.
 
-        Of two monthly series of 108 and 118 values it lowered the MSE of one by 31 (RNN), 36 (LSTM)
-        and 11 % (GRU), and left the other's within 4 %.
+        Beside batches of `batch_size` this lowered the MSE of one monthly series of 108 values by
+        31 (RNN), 36 (LSTM) and 11 % (GRU), and left that of another within 4 %.
         """
         return min(self.batch_size, max(16, n_examples // 20))
 
@@ -188,10 +190,11 @@ class ClassifierConfig(TaskConfig):
     """Text classification. What each number of the reviews does: `generate_reviews`."""
 
     n_reviews: int = 5000
-    # fewest and most; of three or four words each: 131 words on average, at most 200
+    # fewest and most, of three or four words each: 131 words on average, below 200
     phrases: tuple = (6, 57)
     reliability: float = 0.8  # how often the writer's last opinion agrees with the label
-    concluding_rate: float = 0.1  # share of the reviews that end with that opinion
+    # share of the reviews that are made to end with it; with those by chance it is 29 %
+    concluding_rate: float = 0.1
     own_rate: float = 0.06  # share of the phrases before it that are opinions of the writer
     others_rate: float = 0.1  # share of the other phrases that are opinions of others
     name_rate: float = 0.25  # share of the asides that hold a surname, most of them rare
@@ -227,8 +230,8 @@ class ForecasterConfig(TaskConfig):
     noise: float = 0.25  # standard deviation of the white noise; both waves have amplitude 1
     # steps that the model sees before the one it predicts; of a short series a tenth
     window: int = 50
-    # every third window is trained on, which saves time and costs accuracy; a stride that shares a
-    # factor with a period would never see some phases
+    # every third window is trained on, which saves time and costs accuracy; with a stride of 4 a
+    # wave of period 4 would show one phase alone until its period switches
     stride: int = 3
     hidden_dim: int = 32
     n_layers: int = 2
@@ -274,7 +277,9 @@ WORDS = rf"{FACE}|{ALONE}|[\w{MARKS}]+(?:'[\w{MARKS}]+)*"
 SENTENCE_END = r"[.!?](?=[\s\"')\]”’»]|$)|[।॥。！？؟۔]"
 WORDS_AND_ENDS = rf"{UNK}|{WORDS}|{SENTENCE_END}"
 MARKUP = rf"<(?!{UNK[1:]})/?[a-z][^<>]*>|\\[nrt]"  # HTML tags; line ends and tabs as escapes
-MOST_WINDOWS = 50_000  # beyond these, what is evaluated and what baselines learn from is thinned
+MOST_WINDOWS = (
+    50_000  # of a corpus that are tested on, and of a series that least squares learns from
+)
 CPU = torch.device("cpu")
 
 
@@ -303,15 +308,13 @@ class SequenceDataset(Dataset):
     def __len__(self):
         return len(self.inputs)
 
-    def batch(self, rows):
+    def __getitem__(self, rows):
         """Inputs and targets of these examples, or of one, cut to the longest of them."""
         longest = self.lengths[rows].max()
-        device = self.inputs.device  # not waited for; MPS was reported to corrupt data then
+        # the copy is not waited for, but on MPS, where that was reported to corrupt data
+        device = self.inputs.device
         rows = torch.as_tensor(rows).to(device, non_blocking=device.type != "mps")
         return self.inputs[rows, :longest], self.targets[rows]
-
-    def __getitem__(self, rows):  # what a DataLoader calls
-        return self.batch(rows)
 
 
 class ReviewDataset(SequenceDataset):
@@ -324,7 +327,7 @@ class ReviewDataset(SequenceDataset):
 
 
 class CorpusDataset(SequenceDataset):
-    """Windows of a text, or about `most` evenly spaced ones, and the word after each.
+    """Windows of a text, or at most `most` evenly spaced ones, and the word after each.
 
     Inputs (N, T) and targets (N,) are long, and views of the text.
     """
@@ -355,8 +358,8 @@ class SeriesDataset(SequenceDataset):
         rows = self.series.unfold(0, window + 1, stride)  # (N, T + 1)
         super().__init__(rows[:, :-1, None], rows[:, -1:])
 
-    def batch(self, rows):
-        windows, targets = super().batch(rows)
+    def __getitem__(self, rows):
+        windows, targets = super().__getitem__(rows)
         return centred(windows), targets - windows[..., -1, :]
 
 
@@ -365,14 +368,15 @@ def length_buckets(lengths, batch_size, rng, least=1):
     padding.
 
     In every pass the examples are shuffled, sorted by length within pools of 32 batches, and
-    cut into batches, which are shuffled again. With equal lengths this is plain shuffling. There
-    are as many passes as give `least` batches or more. Returns a list of arrays of rows.
+    cut into batches, which are shuffled again. With equal lengths this is plain shuffling. Passes
+    are repeated until there are `least` batches. Returns a list of arrays of rows.
     """
     pools = np.arange(len(lengths)) // (32 * batch_size)
     epoch = []
     while len(epoch) < least:
         order = rng.permutation(len(lengths))
-        order = order[np.lexsort((lengths[order], pools))]  # by pool, then by length
+        # by pool, then by length: the last key counts most
+        order = order[np.lexsort((lengths[order], pools))]
         batches = np.split(order, range(batch_size, len(order), batch_size))
         epoch += [batches[i] for i in rng.permutation(len(batches))]
     return epoch
@@ -383,7 +387,7 @@ def fit_vocabulary(words, size):
     counts = Counter(words)
     del counts[UNK]  # some corpora come with it
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
-    return {word: i for i, word in enumerate([PAD, UNK, *ranked[: size - 2]])}
+    return {word: i for i, word in enumerate([PAD, UNK, *ranked[: max(size - 2, 0)]])}
 
 
 def encode(words, vocabulary):
@@ -453,10 +457,11 @@ def generate_reviews(config, rng):
     ("critics found plot dull"), among asides ("while nobody waits"), a `name_rate` of which hold
     one of 300,000 Zipf-distributed surnames. A quarter of the reviews are short. The writer's last
     opinion agrees with the label `reliability` of the time; every other opinion is random. A
-    `concluding_rate` of the reviews end with it. In the rest its distance from the end is
-    log-uniform: about as often 1 or 2 phrases as 4 to 7 or 16 to 31.
+    `concluding_rate` of the reviews end with it. In the rest its place,
+    counted from the end, is log-uniform: about as often the last as the 2nd or 3rd, the 4th to 7th
+    or, in long reviews, the 16th to 31st.
 
-    What the task asks for: one fact decides. It has to be kept for up to 170 words, not to be
+    What the task asks for: one fact decides. It has to be kept for about 170 words, not to be
     mistaken for the opinions of others, and to be replaced when the writer speaks again. Which
     words occur says little, for every other opinion looks the same.
     """
@@ -651,7 +656,7 @@ def generate_corpus(config, rng):
         subject = subjects[draw(even(subjects))]
         subject_at = len(rows)
         intruders = [noun for noun, other in subjects.items() if other.area != subject.area]
-        # up to two phrases, or one adverb, come between subject and verb
+        # up to two phrases come between subject and verb; an adverb may end them early
         word = ""
         phrases = 0
         while word not in subject.verbs:
@@ -788,7 +793,7 @@ def parse_table(text):
         body = re.sub(r"\r?\n", f"{separator}\n", body, count=1)
     if re.fullmatch(NUMBER, header):  # one column may do without a header
         body = f"value\n{body}"
-    above = text.count("\n") - body.count("\n")  # lines above the header
+    above = text.count("\n") - body.count("\n")  # lines above the header, -1 if it was added
     reader = csv.reader(
         io.StringIO(body),
         delimiter=separator,
@@ -805,7 +810,7 @@ def parse_table(text):
     except csv.Error as error:
         raise InputError(
             f"row {above + len(rows) + 1}: {error}; put a cell that holds a separator into "
-            "quotation marks, write those within it twice; the names of the columns stand in row 1"
+            f"quotation marks, write those within it twice; names stand in row {above + 1}"
         ) from error
     filled = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
     table = DataFrame(filled).map(str.strip)
@@ -829,8 +834,8 @@ def find_column(table, named, usual, option):
     found = [name for name in table if (name == named if named else name.lower() in usual)]
     if len(found) != 1:
         raise InputError(
-            f"{len(found)} columns for {option} ({named or ', '.join(usual) or 'plain numbers'}) among "
-            f"{', '.join(table)}: name one with --{option}-column; their names stand in row 1"
+            f"{len(found)} columns for {option} ({named or ', '.join(usual) or 'plain numbers'}) "
+            f"among {', '.join(table)}: name one with --{option}-column; their names stand in row 1"
         )
     return found[0]
 
@@ -862,12 +867,13 @@ def as_numbers(cells, separator):
 
 def time_steps(cells):
     """The seconds from each time in a column to the next, nan where a cell holds none."""
+    # 03/02 may be in February or in March: right is what can be read in all rows, and is most even
     with warnings.catch_warnings(action="ignore"):
         readings = [
             pd.to_datetime(cells.astype(str), errors="coerce", utc=True, dayfirst=day_first).diff()
             for day_first in (False, True)
         ]
-    steps = min(readings, key=lambda steps: (steps.isna().sum(), steps.std()))  # 13/02 is in 02
+    steps = min(readings, key=lambda steps: (steps.isna().sum(), steps.std()))
     return steps.dt.total_seconds()
 
 
@@ -893,7 +899,7 @@ def order_in_time(values, others, separator, notes):
 def read_series(table, separator, column, notes):
     """The values of a column, in order of time; raises InputError.
 
-    Without a name it is the only one of numbers that is no time and goes not by equal steps.
+    Without a name it is the only one of numbers that is no time and does not go by equal steps.
     """
     usual = []
     numbers = table.apply(as_numbers, separator=separator)
@@ -1017,7 +1023,7 @@ class SequenceModel(nn.Module):
 
 
 def label_probabilities(output):
-    """The probability of each label, from an output (B, 1), of the second of two, or (B, K)."""
+    """Of each label (B, K): from an output (B, K), or (B, 1), the probability of the second."""
     if output.shape[1] > 1:
         return output
     return torch.cat([1 - output, output], dim=1)
@@ -1036,11 +1042,11 @@ class Classifier(SequenceModel):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embed_dim, padding_idx=0)
         weight = self.embedding.weight.detach()
-        weight.normal_(
-            std=0.1
-        )  # small, so that rare words, which training hardly moves, say little
+        # small, so that rare words, which training hardly moves, say little
+        weight.normal_(std=0.1)
         weight[0] = 0.0
         self.add_recurrent(embed_dim, hidden_dim, n_layers, dropout, near_identity_)
+        # probabilities are what the task asks for; else logits would be simpler
         to_probabilities = nn.Sigmoid() if output_dim == 1 else nn.Softmax(dim=1)
         self.head = nn.Sequential(nn.Linear(hidden_dim, output_dim), to_probabilities)
 
@@ -1086,7 +1092,8 @@ class Predictor(SequenceModel):
     def probabilities(self, words, temperature=1.0):
         """The probability of each known word after the last `window` of `words`: a Series.
 
-        Without any words, of a sentence's first. It is to the power 1 / `temperature`.
+        Without any words, of a sentence's first. Each is raised to 1 / `temperature`, then they are
+        normalised.
         """
         self.eval()
         ids = self.ids(words[-self.preprocessing["window"] :] or ["."])
@@ -1303,30 +1310,21 @@ def is_usable(device):
 
 def train_step(model, task, optimizer, batch, config):
     """One update, in micro-batches; returns (3,): mean loss and score, norm of the gradient."""
+    inputs, targets = batch
+    n = config.accumulate_steps
     optimizer.zero_grad(set_to_none=True)
     losses = []
     scores = []
-    for inputs, targets in zip(*(part.chunk(config.accumulate_steps) for part in batch)):
-        output = model(inputs)
-        loss = task.loss(output, targets)  # (b,), each of which counts one B-th
-        loss.backward(torch.full_like(loss, 1 / len(batch[0])))
+    for x, y in zip(inputs.chunk(n), targets.chunk(n)):
+        output = model(x)
+        loss = task.loss(output, y)  # (b,)
+        # over B, not b: the gradients of the micro-batches add up to that of the batch's mean
+        (loss.sum() / len(targets)).backward()
         losses.append(loss.detach())
-        scores.append(task.score(output.detach(), targets))
+        scores.append(task.score(output.detach(), y))
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()
     return torch.stack([torch.cat(losses).mean(), torch.cat(scores).mean(), norm])
-
-
-def train_epoch(model, task, optimizer, loader, config):
-    """One pass over the data; returns the means of what `train_step` returns."""
-    model.train()
-    means = 0.0  # on the device: one transfer an epoch, not a step
-    seen = 0
-    for batch in loader:
-        seen += len(batch[1])
-        step = train_step(model, task, optimizer, batch, config)
-        means = means + (step - means) * (len(batch[1]) / seen)
-    return means.tolist()
 
 
 @torch.no_grad()
@@ -1337,7 +1335,7 @@ def evaluate(model, task, dataset, batch_size=512):
     parts = []
     # batches of similar length: little padding
     for rows in dataset.lengths.argsort(stable=True).split(batch_size):
-        inputs, target = dataset.batch(rows)
+        inputs, target = dataset[rows]
         output = model(inputs)
         answers = {name: measure(output, target).cpu() for name, measure in measures.items()}
         parts.append(DataFrame(answers, index=rows.numpy()))
@@ -1368,12 +1366,21 @@ def fit(model, task, data, config, learning_rate, seed, on_epoch=lambda row: Non
         start = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
         batches = length_buckets(lengths, batch_size, rng, config.updates)
-        loader = DataLoader(data.train, sampler=batches, batch_size=None)
-        loss, score, gradient_norm = train_epoch(model, task, optimizer, loader, config)
+        model.train()
+        means = 0.0  # over the examples so far; on the device: one transfer an epoch, not a step
+        seen = 0
+        # each item of the "sampler" is a batch; the loader also draws a number of torch's generator
+        for batch in DataLoader(data.train, sampler=batches, batch_size=None):
+            seen += len(batch[1])
+            step = train_step(model, task, optimizer, batch, config)
+            means = means + (step - means) * (len(batch[1]) / seen)
+        train_loss, train_score, gradient_norm = means.tolist()
         trained = time.perf_counter()
         answers = evaluate(model, task, data.validation)
-        means = {name: float(answers[name].to_numpy().mean()) for name in ("loss", "score")}
-        if not math.isfinite(loss + means["loss"]):
+        # by NumPy: the mean of pandas would leave out nan
+        val_loss = float(answers["loss"].to_numpy().mean())
+        val_score = float(answers["score"].to_numpy().mean())
+        if not math.isfinite(train_loss + val_loss):
             raise Diverged(
                 f"{type(model).__name__} ({task.name}), seed {seed}: the loss is not finite in "
                 f"epoch {epoch}; try a learning rate below {rate:g} or a clip norm below "
@@ -1385,10 +1392,10 @@ def fit(model, task, data, config, learning_rate, seed, on_epoch=lambda row: Non
             "seconds": time.perf_counter() - start,
             "ms_per_step": 1000 * (trained - start) / len(batches),
             "gradient_norm": gradient_norm,
-            "train_loss": loss,
-            "validation_loss": means["loss"],
-            f"train_{task.score_name}": score * data.unit,
-            f"validation_{task.score_name}": means["score"] * data.unit,
+            "train_loss": train_loss,
+            "validation_loss": val_loss,
+            f"train_{task.score_name}": train_score * data.unit,
+            f"validation_{task.score_name}": val_score * data.unit,
         }
         history.append(row)
         on_epoch(row)
@@ -1397,7 +1404,7 @@ def fit(model, task, data, config, learning_rate, seed, on_epoch=lambda row: Non
             best_weights = copy.deepcopy(model.state_dict())
         if waited >= config.patience:
             break
-        plateau.step(means["loss"])
+        plateau.step(val_loss)
     model.load_state_dict(best_weights)
     return history
 
@@ -1410,19 +1417,19 @@ def best_epoch(history):
 # ======================================================================================
 # Baselines
 # ======================================================================================
-# Each returns, by name, what `evaluate` returns of a model: a table with a row per test example,
-# `answer` (an id, or a value in the unit of the targets) and `loss`.
+# Each `*_baselines` returns, by name, what `evaluate` returns of a model: a table with a row per
+# test example, `answer` (an id, or a value in the unit of the targets) and `loss`.
 
 
 def label_answers(logits, labels):
-    """Who answers with `logits` (N, K) where `labels` (N,) are right."""
+    """The table of a baseline that answers with `logits` (N, K) where `labels` (N,) are right."""
     logits = torch.as_tensor(logits)
     losses = F.cross_entropy(logits, torch.as_tensor(labels), reduction="none")
     return DataFrame({"answer": logits.argmax(dim=1), "loss": losses})
 
 
 def value_answers(forecasts, test):
-    """Who forecasts (N,) the targets of `test`; the answers count from the windows' last values."""
+    """The table of a baseline with `forecasts` (N,); answers count from the window's last value."""
     forecasts = torch.as_tensor(forecasts)
     answer = forecasts - test.inputs[:, -1, 0]
     loss = (forecasts - test.targets[:, 0]).square()
@@ -1448,7 +1455,7 @@ def review_baselines(_task, data, _config, _seed):
         for split in splits:
             words_after = split.lengths[:, None] - 1 - torch.arange(split.inputs.shape[1])
             ends.append(split.inputs.where(words_after < last, 0))
-        # one and how often each word occurs under each label
+        # how often each word occurs under each label, plus one
         pairs = ends[0] * n_labels + learnt[:, None]
         counts = pairs.flatten().bincount(minlength=vocab_size * n_labels) + 1.0
         counts = counts.view(vocab_size, n_labels)
@@ -1554,7 +1561,7 @@ def series_baselines(task, data, config, seed):
     series = data.train.series.double()
     known = series.unfold(0, window + 1, math.ceil(len(series) / MOST_WINDOWS))  # (N, T + 1)
     forecasts = {"persistence": windows[:, -1]}
-    # the place in the window whose value is nearest to the next one
+    # the place in the window whose value is on average nearest to the next one
     place = (known[:, :-1] - known[:, -1:]).square().mean(dim=0).argmin()
     if place < window - 1:
         forecasts["seasonal naive"] = windows[:, place]
@@ -1582,7 +1589,8 @@ LAGS = (2, 4, 8, 12, 16, 24, 32, 48)  # steps back at which a value is shifted, 
 class Change(NamedTuple):
     """Test examples in which the one thing that decides was changed.
 
-    The targets are what the changed examples call for.
+    The targets are what the changed examples call for (of a series they stay: only the answers are
+    compared).
     """
 
     rows: Sequence  # of the test examples
@@ -1596,20 +1604,20 @@ class TaskData:
 
     train: SequenceDataset
     validation: SequenceDataset
-    test: SequenceDataset | None  # not there while a model is trained
+    test: SequenceDataset | None  # not there while a model is trained: `fit` reads the other two
     sizes: Mapping  # constructor keywords of the models that the data decide
     preprocessing: Mapping  # turns words or values into inputs, and back
     examples: DataFrame  # a row per test example: `truth`, what it is, what the generator knows
     spell: Callable  # answers (N,) to the test examples as labels, words, values
     change: Change | None = None  # None for a user's texts
-    # () -> name: answers of the best that is possible, and `effect`, how far they follow a change
+    # () -> name: the best possible answers, and `effect`, how far these follow a change
     ceilings: Callable = dict
     notes: Sequence = ()  # on what may mislead
     unit: float = 1.0  # one unit of the targets, in the user's units
 
 
 def dealt_by_label(labels, rng):
-    """The index of `labels` in a random order, in which each stretch has its share of every one."""
+    """The index of `labels` in a random order in which every stretch holds its share of each."""
     shuffled = labels.iloc[rng.permutation(len(labels))]
     by_label = shuffled.groupby(shuffled, observed=True)
     # the i-th of n examples of a label comes at (i + 0.5) / n of the way
@@ -1620,7 +1628,7 @@ def dealt_by_label(labels, rng):
 def exchange_words(test, back, ids, targets):
     """A change of one word of each test example, `back` (N,) words from its end, to `ids` (N,).
 
-    `targets`: what the changed examples call for. Examples that are shorter are left out.
+    `targets`: what the changed examples call for. Examples that hold no such word are left out.
     """
     places = test.lengths - torch.tensor(back)  # (N,)
     rows = np.flatnonzero(places >= 0)
@@ -1749,7 +1757,8 @@ def build_corpus(config, seed, device=CPU):
 
 
 def build_series(config, seed, device=CPU):
-    """A series, cut in three, in units of how far training values lie from their windows' means.
+    """A series, cut in three, in units of the RMS distance of training values from their windows'
+    means.
 
     Of a short series the windows are a tenth at most, so that each part holds some; raises
     InputError.
@@ -1772,7 +1781,7 @@ def build_series(config, seed, device=CPU):
     from_mean = rows - rows[:, :-1].mean(dim=1, keepdim=True)
     unit = from_mean.square().mean().sqrt().item()
     offset = float(train_values.mean())
-    scaled = (values - offset) / (unit or math.nan)
+    scaled = (values - offset) / (unit or math.nan)  # a unit of 0 is refused below
     if not np.abs(scaled).max() < 1e15:
         raise InputError(
             "constant over its first 70 %, the training part, or too large in the rest"
@@ -1780,15 +1789,16 @@ def build_series(config, seed, device=CPU):
     n_windows = len(train_values) - window
     stride = min(config.stride, math.ceil(n_windows / 1000))  # a short series can spare no window
     train, validation, test = (
-        SeriesDataset(scaled[part], window, step, device)
-        for part, step in zip(parts, (stride, 1, 1))
+        SeriesDataset(scaled[part], window, every, device)
+        for part, every in zip(parts, (stride, 1, 1))
     )
 
     # one value of each window is shifted, at another lag from window to window
     lags = np.resize(LAGS, len(test)).clip(max=window)
     shift = torch.zeros_like(test.inputs)
     shift[range(len(test)), window - lags] = SHIFT
-    # as a batch is, but the mean stays: else every value would be shifted a little
+    # as a batch of a SeriesDataset, but without the mean of the window as it was: else every value
+    # would be shifted a little
     shifted = SequenceDataset(centred(test.inputs) + shift, test.targets - test.inputs[:, -1])
     examples = DataFrame(
         {
@@ -2004,8 +2014,8 @@ def describe_layers(model, inputs):
             tensor = output[0] if isinstance(output, tuple) else output
             shape = ", ".join(map(str, tensor.shape[1:]))
             weights = sum(count_parameters(module).values())
-            name = repr(module).partition(", b")[0].rstrip(")")
-            layers.append(f"{name})\n→ (B, {shape})\n{weights:,} weights")
+            kind = re.sub(r", (b|i|padding)\w+=\w+|\w+_features=", "", repr(module))
+            layers.append(f"{kind}\n→ (B, {shape})\n{weights:,} weights")
 
     model.eval()
     with nn.modules.module.register_module_forward_hook(describe):  # hears of all modules
@@ -2051,7 +2061,7 @@ def effect_of_change(model, task, change):
 # ======================================================================================
 # Experiment
 # ======================================================================================
-# From here on `run` is a Run, `experiment` an Experiment, `folder` the Path of the output folder.
+# Here `run` is a Run, `experiment` an Experiment, `folder` the Path of the output folder.
 
 BASELINES = "baselines"  # stands for a model where there is none to compare
 
@@ -2076,7 +2086,7 @@ class Experiment:
     """What is asked for, and what all its runs share."""
 
     config: Mapping  # by task
-    rates: Mapping  # by (task, model); None where the rate is chosen first
+    rates: Mapping  # by (task, model); None where this command chooses the rate first
     seeds: Sequence
     folder: Path
     device: torch.device = CPU
@@ -2162,15 +2172,14 @@ def measure_model(model, run, config, data):
 
 def trained_model(run, experiment, data):
     """The model of a run and its history; what a tuning run has trained is not trained again."""
-    tried = run._replace(is_tuning=True)
-    record = finished(tried, experiment)
-    if record and not run.is_tuning and experiment.rates[run.task, run.model] is None:
-        model = load_checkpoint(experiment.folder / f"models/{tried}.pt")
-        return model.to(experiment.device), record["history"]
-
+    if not run.is_tuning and experiment.rates[run.task, run.model] is None:
+        tried = run._replace(is_tuning=True)  # the same seed at the same rate
+        record = finished(tried, experiment)
+        if record:
+            model = load_checkpoint(experiment.folder / f"models/{tried}.pt")
+            return model.to(experiment.device), record["history"]
     task = TASKS[run.task]
     config = experiment.config[run.task]
-
     score = task.score_name
 
     def log_epoch(row):
@@ -2181,14 +2190,15 @@ def trained_model(run, experiment, data):
         )
 
     model = build_model(task, run.model, config, data, run.seed).to(experiment.device)
-    without_test = replace(data, test=None)
-    history = fit(model, task, without_test, config, run.learning_rate, run.seed, log_epoch)
-    return model, history
+    data = replace(data, test=None)
+    return model, fit(model, task, data, config, run.learning_rate, run.seed, log_epoch)
 
 
 def train_run(run, experiment):
-    """Do a run; its record, from which tables and figures are made, is written last.
+    """Do a run. The model is written first, the record last: it says that all is there.
 
+    A record holds the fields of Run, the configuration and the environment; of a model its history,
+    answers, parts, layers and costs; of the baselines answers, the test examples and notes.
     Raises what training raises, InputError and OSError.
     """
     folder = experiment.folder
@@ -2231,7 +2241,7 @@ def read_record(path):
 
 
 def finished(run, experiment):
-    """The record of a run if it is there with this configuration and rate, and its model loads."""
+    """The record of a run with this configuration and rate whose model loads, or None."""
     record = read_record(experiment.folder / f"runs/{run}.json")
     wanted = {**run._asdict(), "config": plain_config(experiment.config[run.task])}
     if record and wanted.items() <= record.items():
@@ -2276,6 +2286,7 @@ def make_folder(experiment):
 
 
 # --- many runs ------------------------------------------------------------------------
+# Which process does a run, and when, changes no number.
 
 
 def end_with_parent():
@@ -2317,8 +2328,8 @@ def worker_pool(workers):
         pool.shutdown(cancel_futures=True)
 
 
-def ended_runs(runs, experiment, pool, bar):
-    """Do the runs; yields each with a function that raises what ended it, if anything did."""
+def started_runs(runs, experiment, pool, bar):
+    """Yields each run with a function that does it, or waits for it, and raises what ended it."""
     if pool is None:
         for run in runs:
             yield run, partial(train_run, run, experiment)
@@ -2328,20 +2339,20 @@ def ended_runs(runs, experiment, pool, bar):
         done, _ = wait(futures, timeout=1, return_when=FIRST_COMPLETED)
         for future in done:
             yield futures.pop(future), future.result
-        bar.refresh()  # the lines of the workers went over it
+        bar.refresh()  # the workers' lines were written over it
 
 
 def train_runs(runs, experiment, pool, bar):
     """Do the runs, when resuming those that are not finished; returns how many failed.
 
-    A run that diverges or needs too much memory costs the others nothing; other errors are raised.
+    A run that diverges, or needs more memory than the GPU has, costs the others nothing; other
+    errors are raised.
     """
     rest = [run for run in runs if not (experiment.resume and finished(run, experiment))]
     done = len(runs) - len(rest)
     bar.update(done)
     failed = 0
-    for n, (run, finish) in enumerate(ended_runs(rest, experiment, pool, bar), done + 1):
-        bar.update()
+    for n, (run, finish) in enumerate(started_runs(rest, experiment, pool, bar), done + 1):
         try:
             finish()
             log(f"{run}  done ({n} of {len(runs)})")
@@ -2353,6 +2364,7 @@ def train_runs(runs, experiment, pool, bar):
         except (Diverged, MemoryError, torch.OutOfMemoryError) as error:
             failed += 1
             log(f"failed: {run}: {first_line(error)}")
+        bar.update()
     return failed
 
 
@@ -2509,7 +2521,7 @@ def paired_difference(a, b):
     differences = (a - b).dropna().unstack("seed")  # a row per example, a column per seed
     by_seed = differences.mean()
     error = np.max([by_seed.sem(), differences.mean(axis=1).sem()])  # nan for one seed
-    half = T_QUANTILES[min(len(by_seed), 10) - 2] * error
+    half = T_QUANTILES[min(len(by_seed), 10) - 2] * error  # of more seeds a little wide
     return by_seed, by_seed.mean() - half, by_seed.mean() + half
 
 
@@ -2540,13 +2552,16 @@ def compare(examples):
 
 
 def unlearnt(runs, scores):
-    """The runs whose test loss is nearer to an answer without the input than to their median."""
+    """The runs whose test loss is nearer to that of a baseline that ignores the input than to the
+    median of their model, on three seeds or more.
+    """
     blind = scores.query(
         "metric == 'loss' and name in ['majority class', 'unigram', 'persistence']"
     )
     losses = blind.groupby("task")["value"].mean()
     to_blind = runs["test_loss"] - runs["task"].map(losses)
-    to_median = runs["test_loss"] - runs.groupby(["task", "model"])["test_loss"].transform("median")
+    of_cell = runs.groupby(["task", "model"])["test_loss"]
+    to_median = runs["test_loss"] - of_cell.transform("median").where(of_cell.transform("size") > 2)
     return runs[to_blind.abs() < to_median.abs()]
 
 
@@ -2599,8 +2614,9 @@ The same training for all cells, each at its own learning rate. Each seed draws 
 the splits of a user's reviews; a user's text or series is always cut at the same places. Results
 are those on the test part, mean ± standard deviation over the seeds. A ceiling is the best that is
 possible on generated data. A difference is the mean over the seeds of a - b, with its 95 %
-interval; of twenty such intervals one is wrong by chance. Seconds and times of a step are those
-of training, with other runs beside it; on a CPU PyTorch has a fused kernel for the LSTM only."""
+interval; of twenty such intervals one is wrong by chance. Seconds are those of training and
+validation, times of a step those of training alone, with other runs beside it; on a CPU PyTorch
+has a fused kernel for the LSTM only."""
 
 
 def decimals(spread):
@@ -2665,9 +2681,9 @@ def findings(results, records):
     failures = unlearnt(results.runs, results.scores)
     for (task, title), _ in results.runs.groupby(["task", "title"], sort=False):
         comparisons = results.comparisons.query("task == @task")
-        best = comparisons["b"].iloc[-1]  # of the baselines
-        is_shown = results.summary["name"].eq(best) | results.summary["kind"].ne("baseline")
-        parts = [summary_table(task, results.summary[is_shown]), verdict_table(comparisons)]
+        best = comparisons["b"].iloc[-1]  # the best baseline stands in the last rows
+        shown = results.summary.query("kind != 'baseline' or name == @best")
+        parts = [summary_table(task, shown), verdict_table(comparisons)]
         if title == TASKS[task].title:
             parts.insert(0, TASKS[task].question)  # of the generated data
         for run in failures.query("task == @task").itertuples():
@@ -2836,7 +2852,8 @@ def architectures_figure(results):
         for run, axes in zip(own.itertuples(), row):
             box = {"boxstyle": "round", "edgecolor": colour(run.model), "facecolor": "white"}
             layers = "\n↓\n".join(run.layers)
-            axes.text(0.5, 0.95, layers, ha="center", va="top", fontsize=7.5, bbox=box)
+            place = {"ha": "center", "va": "top", "transform": axes.transAxes}
+            axes.text(0.5, 0.95, layers, fontsize=7.5, bbox=box, **place)
             axes.set_title(f"{run.model} {task}, seed {run.seed}", loc="center")
     return figure
 
@@ -2917,7 +2934,7 @@ def errors_figure(results):
 
 
 def long_range_figure(results):
-    """What is kept over distance: scores, and effects of a change; only panels that hold some."""
+    """What is kept over distance: scores, and effects of a change; only panels with data."""
     tables = distance_tables(results.examples)
     if not tables:
         return None
@@ -3045,7 +3062,8 @@ def make_report(folder, failed=0):
     Returns Results. Raises InputError or RunError where no run is finished.
     """
     records = read_records(folder)
-    trained = [record for record in records if "history" in record]
+    tested = {(r["task"], r["seed"]) for r in records if "examples" in r}
+    trained = [r for r in records if "history" in r and (r["task"], r["seed"]) in tested]
     if not trained:
         raise (RunError if failed else InputError)(f"no run is finished in {folder}")
     examples = examples_table(records)
@@ -3109,7 +3127,7 @@ HELP = {
     "tune": "choose learning rates first, by validation loss; default: for your own data alone",
     "resume": "keep the runs that are finished in the output directory",
     "report": "no training: tables, figures and page of the runs in the output directory",
-    "learning_rate": "of all models; default: each model's own",
+    "learning_rate": "of all models; default, or 0: each model's own",
     "reviews": "your own CSV file: a column of texts and one of labels (.gz works too)",
     "corpus": "your own text file",
     "series": "your own CSV file: a column of numbers, in order of time",
@@ -3117,13 +3135,13 @@ HELP = {
     "label_column": "default: label, sentiment, class, rating or stars",
     "series_column": "default: the only column of numbers",
     "device": "auto (default: CUDA if there is one, else CPU), cpu, cuda or mps",
-    "workers": "runs at a time; default: as many as cores",
+    "workers": "runs at a time; default: as many as cores, 1 with --quick or on a GPU",
     "output_dir": "default: outputs, or a folder below it",
     "length": "with --predict: words or values to continue by; default: 20",
     "temperature": "with --predict: of words; 0 takes the likeliest; default: 1",
     "seed": "with --predict: of the words that are drawn; default: 42",
 }
-NUMBERS = {  # the options that are numbers, with a default each: it says of which kind they are
+NUMBERS = {  # the options that are numbers, with an example that says of which kind and range
     "workers": 1,
     "length": 20,
     "seed": 0,
@@ -3162,7 +3180,7 @@ def choose_device(name):
 def configure(tasks, defaults, own, settings):
     """The configuration of each task from a user's own data, by option, and settings.
 
-    Raises InputError where one is of none of the tasks.
+    Raises InputError if one belongs to none of the tasks.
     """
     config = {}
     unused = {*own, *settings}
@@ -3208,7 +3226,7 @@ def run(
     and `output_dir`, into which all is written, are paths or their names. In place of a file there
     may be data: `reviews` (texts, labels) or a data frame; `corpus` lines of text; `series` values
     (N,), also with times as their index. Returns `Results`. Raises InputError, RunError (no run
-    came to its end), OSError.
+    came to its end, or a process was killed), OSError.
     """
     # what cannot be used is said before anything else
     tasks = check_list("tasks", tasks, list(TASKS))
@@ -3264,6 +3282,7 @@ def run(
         with worker_pool(min(workers, n_runs)) as pool, bar:
             prepare_device(device)
             for task in config:
+                # before any training: what is wrong with the data is said now
                 data = load_data(task, config[task], seeds[0], device)
                 for note in data.notes:
                     log(f"note: {note}")

@@ -20,6 +20,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _coarse_figures():
+    """Here figures are not looked at pixel by pixel."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(rnn.STYLE, "figure.dpi", 25)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data():
     """The data of every task in the quick configuration, seed 0."""

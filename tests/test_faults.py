@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import SCRIPT, quick, tables
+from conftest import SCRIPT, tables
 
 pytestmark = [
     pytest.mark.slow,
@@ -132,21 +132,3 @@ def test_a_worker_that_is_killed_ends_the_command_in_one_line_and_resuming_does_
     wait_for(lambda: group_is_gone(process), seconds=2)
     assert start(*arguments, "--epochs", "30", "--resume").wait() == 0
     assert len(records(tmp_path)) == 8
-
-
-def test_a_folder_that_vanishes_ends_the_run_in_one_line(tmp_path):
-    process = start(*TINY, *MANY, "--output-dir", tmp_path / "out")
-    wait_for(lambda: records(tmp_path / "out"))
-    (tmp_path / "out").rename(tmp_path / "elsewhere")
-    error = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 1 and "Traceback" not in error
-    assert "No such file or directory" in error.splitlines()[-1]
-
-
-def test_two_commands_fill_one_folder_with_slices(tmp_path):
-    assert quick(tmp_path / "one", *TINY[1:], "--models", "RNN", "GRU") == 0
-    folder = tmp_path / "two"
-    slices = [start(*TINY, "--models", name, "--output-dir", folder) for name in ("RNN", "GRU")]
-    assert [process.wait() for process in slices] == [0, 0]
-    assert start(*TINY, "--report", "--output-dir", folder).wait() == 0
-    assert tables(folder) == tables(tmp_path / "one")

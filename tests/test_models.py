@@ -3,7 +3,6 @@
 import itertools
 import math
 import pickle
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,22 +172,13 @@ def test_a_forecaster_is_right_at_any_level_and_refuses_what_is_no_number(traine
 
 
 def test_damaged_and_foreign_files_are_no_models(quick_run, tmp_path):
-    content = (quick_run / "models" / "forecaster_GRU_seed1.pt").read_bytes()
     path = tmp_path / "model.pt"
-    rng = np.random.default_rng(0)
-    for damage in ("cut", "empty", "text", "code", *range(8)):
-        damaged = bytearray(content)
-        if damage == "cut":
-            damaged = content[:-100]
-        elif damage == "empty":
-            damaged = b""
-        elif damage == "text":
-            damaged = b"no model"
-        elif damage == "code":
-            torch.save(pytest.raises, path)
-            damaged = path.read_bytes()
-        else:
-            damaged[rng.integers(200, len(content) - 2000)] ^= 1
+    torch.save(pytest.raises, path)
+    code = path.read_bytes()
+    content = (quick_run / "models" / "forecaster_GRU_seed1.pt").read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    for damaged in (content[:-100], b"", b"no model", code, flipped):
         path.write_bytes(damaged)
         with pytest.raises(rnn.InputError, match="not a trained model"):
             rnn.load_checkpoint(path)
@@ -211,25 +201,3 @@ def test_a_free_running_forecast_is_fed_back_and_in_the_units_of_the_series(data
     assert found["free_truth"] == pytest.approx(truth, abs=1e-5)
     assert found["truth"] == pytest.approx(truth[:4], abs=1e-5)
     assert found["forecast"][0] == pytest.approx(found["free_forecast"][0], abs=1e-5)
-
-
-def test_a_perfect_model_runs_free_without_error(data):
-    class Oracle(rnn.Forecaster):
-        """Continues a series of period two exactly."""
-
-        cell = rnn.CELLS["RNN"]
-
-        def forward(self, windows):
-            return windows[:, -2] - windows[:, -1]
-
-    rows = rnn.SeriesDataset([0.0, 1.0] * 100, 10)
-    own = replace(data["forecaster"], test=rows, unit=1.0)
-    assert rnn.forecasts(Oracle(1, 4, 1), own)["free_mse"] == [0.0] * 95
-
-
-def test_activation_bytes_grow_with_the_batch_and_leave_the_weights_out(data):
-    task = rnn.TASKS["predictor"]
-    model = new_model("predictor", "RNN", data)
-    batches = [data["predictor"].train.batch(range(n)) for n in (10, 100)]
-    small, large = (rnn.activation_bytes(model, task, *batch) for batch in batches)
-    assert 8 < large / small < 11

@@ -27,7 +27,12 @@ def csv(rows, header="date,y", separator=","):
     return "\n".join([header, *(separator.join(map(str, row)) for row in rows)]) + "\n"
 
 
+def german(day):
+    return f"{day[8:]}.{day[5:7]}.{day[:4]}"
+
+
 PAIRS = list(zip(DAYS, VALUES))
+HOURLY = [(DAYS[i // 24], i % 24, v) for i, v in enumerate(VALUES)]
 SERIES = {  # kind: (content, note or "")
     "plain": (csv(PAIRS), ""),
     "windows line ends and the mark of UTF-8": ("\ufeff" + csv(PAIRS).replace("\n", "\r\n"), ""),
@@ -36,22 +41,10 @@ SERIES = {  # kind: (content, note or "")
     "semicolons and points": (csv(PAIRS).replace(",", ";"), ""),
     "tabs": (csv(PAIRS).replace(",", "\t"), ""),
     "newest first": (csv(PAIRS[::-1]), "turned round"),
-    "newest first, German dates": (
-        csv([(f"{d[8:]}.{d[5:7]}.{d[:4]}", v) for d, v in PAIRS[::-1]]),
-        "turned round",
-    ),
-    "newest first, by a falling number": (
-        csv(zip(range(140, 100, -1), VALUES[::-1]), "year,y"),
-        "turned round",
-    ),
-    "a separator at the end of each row": (
-        csv([(d, f"{v};") for d, v in PAIRS], "date;y", ";"),
-        "",
-    ),
-    "a separator at the end of each row and of the header": (
-        csv([(d, v, "") for d, v in PAIRS]),
-        "",
-    ),
+    "newest first, German dates": (csv([(german(d), v) for d, v in PAIRS[::-1]]), "turned round"),
+    "newest first, by a year": (csv(zip(range(140, 100, -1), VALUES[::-1]), "year,y"), "turned"),
+    "separators at the ends of rows": (csv([(d, f"{v};") for d, v in PAIRS], "date;y", ";"), ""),
+    "a column without a name": (csv([(d, v, "") for d, v in PAIRS], "date,y,"), ""),
     "a column that counts the rows": (csv(enumerate(VALUES), "n,y"), ""),
     "one column without a header": ("\n".join(map(str, VALUES)), ""),
     "units below the header": (csv([("", "degrees"), *PAIRS]), "above row 3"),
@@ -59,10 +52,7 @@ SERIES = {  # kind: (content, note or "")
     "times that repeat": (csv([(DAYS[i // 2], v) for i, v in enumerate(VALUES)]), "row 3"),
     "times that cannot be read": (csv([(f"2020-W{i}x", v) for i, v in enumerate(VALUES)]), "row 3"),
     "a gap": (csv([*PAIRS[:20], *zip(LATER, VALUES[20:])]), "gaps"),
-    "date and hour in two columns": (
-        csv([(DAYS[i // 24], i % 24, v) for i, v in enumerate(VALUES)], "date,hour,y"),
-        "row 3",
-    ),
+    "date and hour in two columns": (csv(HOURLY, "date,hour,y"), "row 3"),
 }
 
 
@@ -106,14 +96,6 @@ def test_anything_else_is_refused_in_a_line_that_says_where(kind, tmp_path):
     with pytest.raises(rnn.InputError) as refused:
         read("series", content, tmp_path)
     assert message in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_codes_for_missing_values_are_counted(tmp_path):
-    values = [*VALUES[:10], -999, *VALUES[10:20], -999, -999, *VALUES[20:]]
-    assert (
-        "-999 stands there 3 times"
-        in read("series", csv(enumerate(values), "n,y"), tmp_path).notes[0]
-    )
 
 
 FROM_PYTHON = {
@@ -210,20 +192,6 @@ def test_repeated_reviews_are_left_out_and_those_with_two_labels_are_counted():
     assert data.notes[0].startswith("1 texts stand there with two labels")
     shares = [split.targets.mean().item() for split in (data.train, data.validation, data.test)]
     assert shares == pytest.approx([0.5] * 3, abs=0.1), "each split has its share of every label"
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("It's GOOD, isn’t it?", ["it's", "good", "isn't", "it"]),
-        ("房间好", ["房", "间", "好"]),
-        ("किताब बुरी", ["किताब", "बुरी"]),
-        ("a<br />b &amp; c :)", ["a", "b", "c", ":)"]),
-        ("so 😀 sad", ["so", "😀", "sad"]),
-    ],
-)
-def test_words_of_many_scripts(text, words):
-    assert rnn.tokenize(text, rnn.WORDS) == words
 
 
 def test_a_run_on_own_data_tunes_names_the_data_and_begins_with_the_answer(

@@ -1,7 +1,5 @@
 """The training loop: memory, stopping, rates, accumulation, clipping, evaluation."""
 
-import gc
-import itertools
 import math
 from dataclasses import replace
 
@@ -32,7 +30,7 @@ def scripted_fit(monkeypatch, data, losses, learning_rate=RATE, **changes):
         return honest(model, task, dataset).assign(loss=next(script))
 
     monkeypatch.setattr(rnn, "evaluate", scripted)
-    config = rnn.TaskConfig(**changes)
+    config = rnn.TaskConfig(updates=1, **changes)
     history = rnn.fit(model, task, data["forecaster"], config, learning_rate, seed=0)
     return history, weights, model
 
@@ -61,7 +59,7 @@ def test_learning_rate_falls_on_a_plateau_and_is_recorded(monkeypatch, data):
 @pytest.mark.parametrize("steps", [2, 3, 5])
 @pytest.mark.parametrize("task", rnn.TASKS)
 def test_accumulation_equals_the_large_batch(task, steps, data):
-    batch = data[task].train.batch(range(30))
+    batch = data[task].train[range(30)]
     models = [new_model(task, "GRU", data, dropout=0.0) for _ in range(2)]
     for model, accumulate_steps in zip(models, (1, steps)):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -75,7 +73,7 @@ def test_gradients_are_clipped_and_the_norm_before_is_returned(data):
     model = new_model("forecaster", "RNN", data)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    inputs, targets = data["forecaster"].train.batch(range(8))
+    inputs, targets = data["forecaster"].train[range(8)]
     batch = (inputs, targets + 100)
     config = replace(CONFIG, clip_norm=0.01)
     *_, norm = rnn.train_step(model, rnn.TASKS["forecaster"], optimizer, batch, config)
@@ -87,7 +85,7 @@ def test_gradients_are_clipped_and_the_norm_before_is_returned(data):
 @pytest.mark.parametrize(("task", "name"), NINE)
 def test_every_class_can_overfit_one_batch(task, name, data):
     model = new_model(task, name, data, dropout=0.0)
-    inputs, targets = data[task].train.batch(range(8))
+    inputs, targets = data[task].train[range(8)]
     steps, rate = 150, 0.01
     if name == "IRNN":  # explodes at that rate on reviews, and needs more steps
         steps, rate = 600, rnn.CELLS[name].learning_rates[task]
@@ -109,23 +107,6 @@ def test_evaluation_does_not_depend_on_batch_size(task, name, data):
     assert len(results[0]) == len(test)
 
 
-def test_an_epoch_of_many_steps_holds_no_more_than_one_of_few(data):
-    model = new_model("predictor", "RNN", data)
-    steps = itertools.count(1)
-    alive = {}
-
-    def count(*_):
-        step = next(steps)
-        if step in (10, 200):
-            things = gc.get_objects()
-            alive[step] = sum(issubclass(type(thing), torch.Tensor) for thing in things)
-
-    model.register_forward_pre_hook(count)
-    config = replace(CONFIG, epochs=1, updates=210)
-    rnn.fit(model, rnn.TASKS["predictor"], data["predictor"], config, RATE, seed=0)
-    assert alive[200] <= alive[10]
-
-
 def test_epoch_means_are_weighted_by_examples(data):
     """With a learning rate of next to nothing, an epoch's running mean is the evaluation's mean."""
     model = new_model("predictor", "RNN", data, dropout=0.0)
@@ -144,13 +125,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(data):
     model = new_model("forecaster", "GRU", data)
     with pytest.raises(rnn.Diverged, match=r"GRUForecaster \(forecaster\), seed 5.*epoch 1"):
         rnn.fit(model, rnn.FORECASTER, data["forecaster"], CONFIG, learning_rate=1e30, seed=5)
-
-
-def test_a_classifier_that_answers_nan_has_diverged_and_no_assertion_ends_it(data):
-    model = new_model("classifier", "GRU", data)
-    model.head[0].weight.data.fill_(math.nan)
-    with pytest.raises(rnn.Diverged, match="not finite in epoch 1"):
-        rnn.fit(model, rnn.CLASSIFIER, data["classifier"], CONFIG, learning_rate=0.1, seed=5)
 
 
 @pytest.mark.parametrize("task", rnn.TASKS)
