@@ -2759,10 +2759,11 @@ def new_figure(width, height, rows, columns, **options):
     return figure, grid
 
 
-def use_factors(axis):
-    """Plain numbers at 1 and 3 of every decade of a logarithmic axis."""
-    axis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}")
-    axis.axes.minorticks_off()
+def use_factors(axes):
+    """A logarithmic x axis with plain numbers at 1 and 3 of every decade."""
+    axes.set_xscale("log")
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter="{x:g}")
+    axes.minorticks_off()
 
 
 def bar_panel(axes, table, labels=None, **settings):
@@ -2797,10 +2798,10 @@ def history_figure(results, task):
             values = metric.scale * kept[f"validation_{name}"]
             axes.plot(kept["epoch"], values, "o", color=colour(model))
             axes.set(title=model, xlabel="epoch", ylabel="loss" if name == "loss" else metric.label)
-            if metric.sign < 0:  # a run that starts badly must not flatten the others
-                axes.set_yscale("log")
-                use_factors(axes.yaxis)
             axes.label_outer()
+        # by validation: training that begins with an explosion must not flatten the others
+        shown = metric.scale * history[f"validation_{name}"]
+        row[0].set_ylim(0.9 * shown.min(), 1.1 * shown.max())
     return figure
 
 
@@ -2879,8 +2880,7 @@ def performance_figure(results):
             test.plot(values, [name] * len(values), ".", color=colour(name))
             test.plot(values.mean(), name, "|", color=colour(name), markersize=13)
         if metric.sign < 0:  # errors differ by factors
-            test.set_xscale("log")
-            use_factors(test.xaxis)
+            use_factors(test)
         test.invert_yaxis()
         test.set(title=runs["title"].iloc[0], xlabel=f"test {metric.label}")
         means = runs.groupby("model", sort=False)[[*costs]].mean()
@@ -2903,8 +2903,7 @@ def learning_rates_figure(results):
             axes.plot(losses, ".", color=colour(model))
             axes.plot(means, color=colour(model), label=model)
             axes.plot(chosen, means[chosen], "o", color=colour(model), ms=11, fillstyle="none")
-        axes.set_xscale("log")
-        use_factors(axes.xaxis)
+        use_factors(axes)
         axes.set(title=TASKS[task].title, xlabel="learning rate", ylabel="validation loss")
         axes.legend()
     return figure
