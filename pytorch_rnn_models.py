@@ -2307,7 +2307,7 @@ def worker_pool(workers):
         return
     # for glibc, at the start of a process: freed memory is kept; a tenth of an LSTM's step was
     # page faults
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**27))
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
     others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
