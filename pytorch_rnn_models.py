@@ -2093,9 +2093,8 @@ class Experiment:
     resume: bool = False
 
 
-@lru_cache(maxsize=1)
 def load_data(task, config, seed, device):
-    """A seed's data, kept for the next model; raises InputError, which names the user's file."""
+    """A seed's data, made anew for each run; raises InputError, which names the user's file."""
     try:
         data = TASKS[task].build_data(config, seed, device)
     except InputError as error:
