@@ -114,8 +114,9 @@ def test_a_cell_of_ones_own_starts_as_it_likes_and_is_trained_and_its_error_is_s
     runs = rnn.run(models=["MGU"], epochs=4, **settings).runs
     assert runs["model"].tolist() == ["MGU"] and runs["recurrent_parameters"][0] == 2 * 17 * 16 + 32
     monkeypatch.setattr(MinimalGated, "forward", lambda self, inputs: inputs.no_such_thing)
+    arguments = ["--quick", "--tasks", "forecaster", "--models", "MGU", "--output-dir"]
     with pytest.raises(AttributeError, match="no_such_thing"):
-        rnn.main(["--quick", "--tasks", "forecaster", "--models", "MGU", "--output-dir", "x"])
+        rnn.main([*arguments, str(tmp_path / "broken")])
 
 
 # --- trained models in use ------------------------------------------------------------
