@@ -63,7 +63,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import combinations, cycle, pairwise, product
+from itertools import combinations, cycle, product
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -100,7 +100,7 @@ class Cell:
     colour: str  # in all figures; these are safe for colour-blind readers (Okabe & Ito 2008)
     learning_rates: Mapping  # Adam's at the start, by task
     # by task, else 0: pulls back embeddings of rare words, which memorise
-    weight_decays: Mapping
+    weight_decays: Mapping = field(default_factory=dict)
     start: Callable | None = None  # fills the recurrent weights; else each task has its own
 
 
@@ -787,7 +787,7 @@ def read_text(path, notes):
     """The text of a file, unpacked if its name ends in .gz; raises InputError."""
     try:
         content = Path(path).read_bytes()
-        if str(path).endswith(".gz"):
+        if Path(path).suffix == ".gz":
             content = gzip.decompress(content)
     except Exception as error:  # a damaged file can make gzip stumble over this and that
         raise InputError(f"cannot be read: {error}") from error
@@ -808,7 +808,7 @@ def parse_table(text):
     header, *lines = body.splitlines()
     separator = next((mark for mark in "\t;" if mark in header), ",")
     if all(line.endswith(separator) for line in lines):
-        body = re.sub(r"\r?\n", f"{separator}\n", body, count=1)
+        body = header + separator + body.removeprefix(header)
     if re.fullmatch(NUMBER, header):  # one column may do without a header
         body = f"value\n{body}"
     above = text.count("\n") - body.count("\n")  # lines above the header, -1 if it was added
@@ -821,17 +821,18 @@ def parse_table(text):
     )
     rows = []
     try:
+        rows.append(next(reader))
         for row in reader:
-            if rows and len(row) > len(rows[0]):
+            missing = len(rows[0]) - len(row)
+            if missing < 0:
                 raise csv.Error(f"{len(row)} cells, where the header has {len(rows[0])}")
-            rows.append(row)
+            rows.append(row + [""] * missing)
     except csv.Error as error:
         raise InputError(
             f"row {above + len(rows) + 1}: {error}; put a cell that holds a separator into "
             f"quotation marks, write those within it twice; names stand in row {above + 1}"
         ) from error
-    filled = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
-    table = DataFrame(filled).map(str.strip)
+    table = DataFrame(rows).map(str.strip)
     table.index += above + 1
     return table.iloc[1:].set_axis(rows[0], axis=1), separator
 
@@ -848,23 +849,23 @@ def table_from_python(option, given):
 
 
 def find_column(table, named, usual, option):
-    """The name of the column that the user named, or that has a usual name; raises InputError."""
+    """The column that the user named, or that has a usual name; raises InputError."""
     found = [name for name in table if (name == named if named else name.lower() in usual)]
     if len(found) != 1:
         raise InputError(
             f"{len(found)} columns for {option} ({named or ', '.join(usual) or 'plain numbers'}) "
             f"among {', '.join(table)}: name one with --{option}-column; their names stand in row 1"
         )
-    return found[0]
+    return table[found[0]]
 
 
-def read_reviews(table, text_column="", label_column=""):
+def read_reviews(table, text_column, label_column):
     """Reviews: texts, and labels in words; raises InputError."""
-    texts = table[find_column(table, text_column, TEXT_COLUMNS, "text")]
-    labels = table[find_column(table, label_column, LABEL_COLUMNS, "label")]
-    for row in labels.index[labels.isna() | (labels == "")]:
-        raise InputError(f"row {row} holds no label")
+    texts = find_column(table, text_column, TEXT_COLUMNS, "text")
+    labels = find_column(table, label_column, LABEL_COLUMNS, "label")
     words = labels.astype(str).str.removesuffix(".0")  # 1.0 is 1
+    for row in words.index[words.fillna("") == ""]:
+        raise InputError(f"row {row} holds no label")
     if not 2 <= words.nunique() <= 20:
         raise InputError(f"{words.nunique()} labels in {labels.name!r}; 2 to 20 are needed")
     return DataFrame({"text": texts, "label": words})
@@ -876,10 +877,10 @@ def as_numbers(cells, separator):
     Among semicolons 1.029 beside 997 may mean two things, and is no number.
     """
     plain = cells.astype(str)
-    whole = plain.str.fullmatch(r"[-+\d,]+")
-    decimal = plain.str.contains(r"\.(?!\d{3}\b)")
-    if separator == ";" and whole.any() and not decimal.any():
-        plain = plain.str.translate(str.maketrans(",.", ".,"))
+    # decimal commas: some cells have no point, and none has a point but before three digits
+    if separator == ";" and plain.str.fullmatch(r"[-+\d,]+").any():
+        if not plain.str.contains(r"\.(?!\d{3}\b)").any():
+            plain = plain.str.translate(str.maketrans(",.", ".,"))
     return pd.to_numeric(plain, errors="coerce")
 
 
@@ -920,22 +921,22 @@ def read_series(table, separator, column, notes):
     Without a name it is the only one of numbers that is no time and does not go by equal steps.
     """
     usual = []
-    numbers = table.apply(as_numbers, separator=separator)
-    for name, values in numbers.items():
+    for name, cells in table.items():
+        values = as_numbers(cells, separator)
         is_time = values.diff().nunique() < 2 or name.lower() in TIME_COLUMNS
         is_row = separator and re.fullmatch(NUMBER, name)  # in a file without a header
         if values.count() > len(values) / 2 and not is_time and not is_row:
             usual.append(name.lower())
-    name = find_column(table, column, usual, "series")
-    first = numbers[name].first_valid_index()
+    cells = find_column(table, column, usual, "series")
+    values = as_numbers(cells, separator)
+    first = values.first_valid_index()
     if first != table.index[0]:
         notes.append(f"the rows above row {first} hold no number and were left out")
-    table = table.loc[first:]
-    values = numbers.loc[first:, name]
+    values = values.loc[first:]
     for row in values.index[~np.isfinite(values)]:
         raise InputError(
-            f"row {row} holds '{table[name][row]}' in the column {name!r}: a number such as 1234.5 "
-            "is needed, without a sign for thousands, currency or per cent"
+            f"row {row} holds '{cells[row]}' in the column {cells.name!r}: a number such as "
+            "1234.5 is needed, without a sign for thousands, currency or per cent"
         )
     for code in values.agg(["min", "max"]):
         others = values[values != code]
@@ -944,7 +945,8 @@ def read_series(table, separator, column, notes):
             notes.append(
                 f"{code:g} stands there {count:,} times, far from the rest: is it missing?"
             )
-    return order_in_time(values, table.drop(columns=name), separator, notes)
+    others = table.loc[first:].drop(columns=cells.name)
+    return order_in_time(values, others, separator, notes)
 
 
 def read_user_data(option, given, columns):
@@ -952,7 +954,7 @@ def read_user_data(option, given, columns):
 
     `columns`: the names that the user gave to text and label, or to the series; else "".
     """
-    columns = [str(column) for column in columns]  # from Python they may be numbers
+    columns = map(str, columns)  # from Python they may be numbers
     notes = []
     separator = ""
     is_path = isinstance(given, (str, os.PathLike))
@@ -977,9 +979,8 @@ def read_user_data(option, given, columns):
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: {error}") from error
     table = table.reset_index(drop=True)
-    digest = (
-        f"{pd.util.hash_pandas_object(table).sum():016x}"  # with the index, so the order counts
-    )
+    # with the index, so the order counts
+    digest = f"{pd.util.hash_pandas_object(table).sum():016x}"
     return UserData(name, digest, table, tuple(notes))
 
 
@@ -997,6 +998,9 @@ def near_identity_(weight):
     return nn.init.eye_(weight).mul_(0.9)
 
 
+MODEL_CLASSES = {}  # by name: those below and a user's own
+
+
 class SequenceModel(nn.Module):
     """What all models share: recurrent layer -> state after the last step -> dropout -> head.
 
@@ -1004,9 +1008,12 @@ class SequenceModel(nn.Module):
     """
 
     cell: Cell
-    preprocessing: Mapping = {}  # of a trained model: turns words or values into inputs, and back
+    preprocessing = {}  # of a trained model: turns words or values into inputs, and back
 
-    def add_recurrent(self, input_dim, hidden_dim, n_layers, dropout, start):
+    def __init_subclass__(cls):
+        MODEL_CLASSES[cls.__name__] = cls
+
+    def add_recurrent(self, input_dim, hidden_dim, n_layers, dropout, start=near_identity_):
         """The layer of the cell, (B, T, input_dim) -> states (B, T, hidden_dim) and the last state,
         and the dropout after it. Weights are drawn here: a subclass calls it after its embedding.
 
@@ -1015,9 +1022,12 @@ class SequenceModel(nn.Module):
         open: on the reviews it was measured to help neither LSTM nor GRU. Any other layer starts as
         it likes.
         """
-        between_layers = dropout if n_layers > 1 else 0.0
         self.recurrent = self.cell.layer(
-            input_dim, hidden_dim, n_layers, batch_first=True, dropout=between_layers
+            input_dim,
+            hidden_dim,
+            n_layers,
+            batch_first=True,
+            dropout=dropout if n_layers > 1 else 0.0,  # between the layers
         )
         if isinstance(self.recurrent, nn.RNNBase):
             for name, weight in self.recurrent.named_parameters():
@@ -1043,8 +1053,9 @@ class SequenceModel(nn.Module):
 def probability_head(hidden_dim, output_dim):
     """The last layer of a classifier: to one probability, or to one of each label."""
     # probabilities are what the task asks for; else logits would be simpler
-    to_probabilities = nn.Sigmoid() if output_dim == 1 else nn.Softmax(dim=1)
-    return nn.Sequential(nn.Linear(hidden_dim, output_dim), to_probabilities)
+    return nn.Sequential(
+        nn.Linear(hidden_dim, output_dim), nn.Sigmoid() if output_dim == 1 else nn.Softmax(dim=1)
+    )
 
 
 def label_probabilities(output):
@@ -1071,13 +1082,13 @@ class Classifier(SequenceModel):
         # needed six epochs to begin to learn, at 1 a vanilla RNN lost
         weight.normal_(std=0.3)
         weight[0] = 0.0
-        self.add_recurrent(embed_dim, hidden_dim, n_layers, dropout, near_identity_)
+        self.add_recurrent(embed_dim, hidden_dim, n_layers, dropout)
         self.head = probability_head(hidden_dim, output_dim)
 
     def forward(self, ids):
         states, _ = self.recurrent(self.embedding(ids))  # (B, T) -> (B, T, E) -> (B, T, H)
         # padding comes after the last word, so its states are never read
-        last = (ids != 0).sum(dim=1) - 1  # (B, T) -> (B,)
+        last = ids.count_nonzero(dim=1) - 1  # (B, T) -> (B,)
         state = states[torch.arange(len(ids), device=ids.device), last]  # (B, H)
         return self.head(self.dropout(state))
 
@@ -1093,10 +1104,10 @@ class Classifier(SequenceModel):
         for text in texts:
             words = tokenize(text, WORDS)[-self.preprocessing["max_words"] :]
             ids = self.ids(words or [PAD])
-            probabilities = label_probabilities(self(ids))[0].tolist()
+            probabilities = label_probabilities(self(ids))[0]  # (K,)
             if not words:
-                probabilities = [math.nan] * len(probabilities)
-            rows.append([*probabilities, f"{int((ids > 1).sum())} of {len(words)} words"])
+                probabilities.fill_(math.nan)
+            rows.append([*probabilities.tolist(), f"{int((ids > 1).sum())} of {len(words)} words"])
         return DataFrame(rows, columns=[*self.preprocessing["labels"], "knows"])
 
 
@@ -1106,7 +1117,7 @@ class Predictor(SequenceModel):
     def __init__(self, vocab_size, embed_dim, hidden_dim, n_layers=1, dropout=0.2):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embed_dim)
-        self.add_recurrent(embed_dim, hidden_dim, n_layers, dropout, near_identity_)
+        self.add_recurrent(embed_dim, hidden_dim, n_layers, dropout)
         self.head = nn.Linear(hidden_dim, vocab_size)
 
     def forward(self, ids):
@@ -1122,8 +1133,8 @@ class Predictor(SequenceModel):
         self.eval()
         ids = self.ids(words[-self.preprocessing["window"] :] or ["."])
         logits = self(ids)[0, 2:].double().cpu()  # <pad> and <unk> are no words
-        scaled = logits / max(temperature, 1e-30)  # at 0 all but the likeliest vanish
-        return Series(scaled.softmax(dim=0).numpy(), self.preprocessing["vocabulary"][2:])
+        logits /= max(temperature, 1e-30)  # at 0 all but the likeliest vanish
+        return Series(logits.softmax(dim=0).numpy(), self.preprocessing["vocabulary"][2:])
 
     def predict(self, text, n=5):
         """The `n` likeliest next words with their probabilities: a Series."""
@@ -1175,12 +1186,11 @@ class Forecaster(SequenceModel):
         values = np.array(values, dtype=float)
         if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise InputError("a series must hold one or more finite values, in one dimension")
-        scaler = self.preprocessing["scaler"]
-        scaled = (values[-self.preprocessing["window"] :] - scaler["mean"]) / scaler["std"]
-        weight = next(self.parameters())  # its type and its device are the model's
-        windows = weight.new_tensor(scaled)[None, :, None]  # (1, T, 1)
-        forecasts = self.roll_forward(windows, length)[0].cpu().double().numpy()
-        return forecasts * scaler["std"] + scaler["mean"]
+        mean, std = self.preprocessing["scaler"].values()
+        scaled = (values[-self.preprocessing["window"] :] - mean) / std
+        # in the type and on the device of the weights
+        windows = next(self.parameters()).new_tensor(scaled)[None, :, None]  # (1, T, 1)
+        return self.roll_forward(windows, length)[0].cpu().double().numpy() * std + mean
 
 
 class RNNClassifier(Classifier):
@@ -1255,22 +1265,21 @@ class IRNNForecaster(Forecaster):
     cell = CELLS["IRNN"]
 
 
-def model_class(name):
-    """The class of that name among those above and a user's own."""
-    heads = SequenceModel.__subclasses__()
-    return {model.__name__: model for head in heads for model in head.__subclasses__()}[name]
-
-
 def checkpoint_bytes(model, arguments):
-    """A trained model and its constructor arguments as a file: tensors, numbers, text, no code."""
-    checkpoint = {
-        "class": type(model).__name__,
-        "arguments": arguments,
-        "weights": {name: weight.cpu() for name, weight in model.state_dict().items()},
-        "preprocessing": model.preprocessing,
-    }
+    """A trained model and its constructor arguments as a file: tensors, numbers, text, no code.
+
+    The model is moved to the CPU.
+    """
     content = io.BytesIO()
-    torch.save(checkpoint, content)
+    torch.save(
+        {
+            "class": type(model).__name__,
+            "arguments": arguments,
+            "weights": model.cpu().state_dict(),
+            "preprocessing": model.preprocessing,
+        },
+        content,
+    )
     return content.getvalue()
 
 
@@ -1284,7 +1293,7 @@ def load_checkpoint(path):
             if archive.testzip():  # torch.load checks no checksum
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = model_class(checkpoint["class"])(**checkpoint["arguments"])
+        model = MODEL_CLASSES[checkpoint["class"]](**checkpoint["arguments"])
         model.load_state_dict(checkpoint["weights"])
         model.preprocessing = checkpoint["preprocessing"]
     except Exception as error:  # a foreign or damaged file can make torch stumble over anything
@@ -1366,7 +1375,9 @@ def evaluate(model, task, dataset, batch_size=128):
     return pd.concat(parts).sort_index()
 
 
-def fit(model, task, data, config, learning_rate, weight_decay, seed, on_epoch=lambda row: None):
+def fit(
+    model, task, data, config, learning_rate, seed, weight_decay=0.0, on_epoch=lambda row: None
+):
     """Train until the validation loss stops falling; leaves the best epoch's weights in `model`.
 
     Adam (Kingma & Ba 2015). Model and data must be on the same device. Returns the history, a row
@@ -1461,9 +1472,9 @@ def value_answers(forecasts, test):
     return DataFrame({"answer": answer, "loss": loss})
 
 
-def without_recurrence(network, task, data, config, learning_rate, weight_decay, seed):
+def without_recurrence(network, task, data, config, learning_rate, seed, weight_decay=0.0):
     """The table of a network that is trained as the models are."""
-    fit(network, task, replace(data, test=None), config, learning_rate, weight_decay, seed)
+    fit(network, task, replace(data, test=None), config, learning_rate, seed, weight_decay)
     return evaluate(network, task, data.test)
 
 
@@ -1505,7 +1516,7 @@ def review_baselines(task, data, config, seed):
     return {
         "majority class": label_answers(prior.expand(len(truth), -1), truth),
         "naive Bayes": label_answers(log_odds, truth),
-        "convolution": without_recurrence(network, task, data, config, 3e-3, 1e-4, seed),
+        "convolution": without_recurrence(network, task, data, config, 3e-3, seed, 1e-4),
     }
 
 
@@ -1568,7 +1579,7 @@ def corpus_baselines(task, data, config, seed):
 
     seed_torch(seed, "weights")
     network = LogBilinear(vocab_size, config.embed_dim, config.window)
-    trained = without_recurrence(network, task, data, config, 1e-3, 0.0, seed)
+    trained = without_recurrence(network, task, data, config, 1e-3, seed)
     return {**baselines, "log-bilinear": trained}
 
 
@@ -1612,7 +1623,7 @@ def series_baselines(task, data, config, seed):
     baselines = {name: value_answers(values, data.test) for name, values in forecasts.items()}
     seed_torch(seed, "weights")
     network = FeedForward(window, 128)
-    trained = without_recurrence(network, task, data, config, 3e-3, 0.0, seed)
+    trained = without_recurrence(network, task, data, config, 3e-3, seed)
     return {**baselines, "feed-forward": trained}
 
 
@@ -1646,7 +1657,7 @@ class TaskData:
     sizes: Mapping  # constructor keywords of the models that the data decide
     preprocessing: Mapping  # turns words or values into inputs, and back
     examples: DataFrame  # a row per test example: `truth`, what it is, what the generator knows
-    spell: Callable  # answers (N,) to the test examples as labels, words, values
+    spell: Callable  # the answers to the test examples, a Series, as labels, words, values
     change: Change | None = None  # None for a user's texts
     # () -> name: the best possible answers, and `effect`, how far these follow a change
     ceilings: Callable = dict
@@ -1666,17 +1677,16 @@ def dealt_by_label(labels, rng):
 def exchange_words(test, back, ids, targets):
     """A change of one word of each test example, `back` (N,) words from its end, to `ids` (N,).
 
-    `targets`: what the changed examples call for. Examples that hold no such word are left out.
+    `back` is a Series. `targets`: what the changed examples call for. Examples that hold no such
+    word are left out.
     """
-    places = test.lengths - torch.tensor(back)  # (N,)
+    places = test.lengths.numpy() - back  # (N,)
     rows = np.flatnonzero(places >= 0)
-    before = test.inputs[rows]
-    after = before.clone()
-    after[range(len(rows)), places[rows].tolist()] = after.new_tensor(ids)[rows]
     called_for = test.targets.new_tensor(targets)[rows]
-    lengths = test.lengths[rows]
-    datasets = (SequenceDataset(inputs, called_for, lengths) for inputs in (before, after))
-    return Change(rows, *datasets)
+    before = SequenceDataset(test.inputs[rows], called_for, test.lengths[rows])
+    after = copy.deepcopy(before)
+    after.inputs[range(len(rows)), places[rows].tolist()] = test.inputs.new_tensor(ids)[rows]
+    return Change(rows, before, after)
 
 
 def build_reviews(config, seed, device=CPU):
@@ -1689,11 +1699,9 @@ def build_reviews(config, seed, device=CPU):
     rng = random_generator(seed, "reviews")
     table = config.own.table if config.own else generate_reviews(config, rng)
     table = table.assign(words=[tuple(tokenize(text, WORDS)) for text in table["text"]])
-    table = table[table["words"].map(len) > 0].astype({"label": "category"})
-    notes = []
+    table = table[table["words"].map(bool)].astype({"label": "category"})
     n_double = (table.groupby("words")["label"].nunique() > 1).sum()
-    if n_double:
-        notes.append(f"{n_double:,} texts stand there with two labels; the first was taken")
+    note = f"{n_double:,} texts stand there with two labels; the first was taken"
     table = table.drop_duplicates("words")  # the splits would share them
     if config.own:
         table = table.loc[dealt_by_label(table["label"], rng)]
@@ -1702,42 +1710,40 @@ def build_reviews(config, seed, device=CPU):
     words = table["words"].str[-config.max_words :]
     vocabulary = fit_vocabulary(words.iloc[parts[0]].explode(), config.vocab_size)
     ids = [encode(review, vocabulary) for review in words]
-    labels = table["label"].cat.codes.to_numpy(dtype=int)
-    names = table["label"].cat.categories.tolist()
-    train, validation, test = (ReviewDataset(ids[part], labels[part], device) for part in parts)
+    coded = table["label"].cat
+    labels = coded.codes.to_numpy(int)
+    names = coded.categories.tolist()
+    splits = [ReviewDataset(ids[part], labels[part], device) for part in parts]
 
-    tested = table.iloc[parts[2]].reset_index(drop=True)
-    examples = DataFrame({"truth": tested["label"].astype(object), "text": tested["text"]})
+    tested = table.iloc[parts[2]].reset_index(drop=True).rename(columns={"label": "truth"})
     ceilings = {}
     change = None
     if not config.own:
-        examples["distance"] = tested["distance"]
         # nothing else depends on the label: these are Bayes' odds
         odds = np.log(config.reliability / (1 - config.reliability))
         logits = np.outer(np.where(tested["favourable"], odds, -odds), [0, 1])  # (N, 2)
-        answers = label_answers(logits, labels[parts[2]])
-        ceilings["Bayes decision"] = answers.assign(effect=2 * config.reliability - 1)
+        ceilings["Bayes decision"] = label_answers(logits, labels[parts[2]]).assign(
+            effect=2 * config.reliability - 1
+        )
         change = exchange_words(
-            test,
-            back=tested["distance"].to_numpy() + 1,
+            splits[2],
+            back=tested["distance"] + 1,
             ids=encode(tested["other_word"], vocabulary),
-            targets=1 - tested[["favourable"]].to_numpy(dtype=int),
+            targets=1 - tested[["favourable"]].to_numpy(int),
         )
     return TaskData(
-        train=train,
-        validation=validation,
-        test=test,
+        *splits,
         sizes={"vocab_size": len(vocabulary), "output_dim": len(names) if len(names) > 2 else 1},
         preprocessing={
             "vocabulary": list(vocabulary),
             "labels": names,
             "max_words": config.max_words,
         },
-        examples=examples,
+        examples=tested.filter(["truth", "text", "distance"]),
         spell=partial(np.take, names),
         change=change,
         ceilings=ceilings.copy,
-        notes=notes,
+        notes=[note] if n_double else [],
     )
 
 
@@ -1754,18 +1760,22 @@ def build_corpus(config, seed, device=CPU):
     parts = three_parts(len(words), 8 * (window + 1), "words", window)
     vocabulary = fit_vocabulary(words[parts[0]], config.vocab_size)
     ids = encode(words, vocabulary)
-    limits = (sys.maxsize, MOST_WINDOWS, MOST_WINDOWS)  # all windows are trained on
-    train, validation, test = (
-        CorpusDataset(ids[part], window, most, device) for part, most in zip(parts, limits)
-    )
-    notes = []
+    splits = [
+        CorpusDataset(ids[part], window, most, device)
+        # all windows are trained on
+        for part, most in zip(parts, (sys.maxsize, MOST_WINDOWS, MOST_WINDOWS))
+    ]
+    test = splits[2]
     unknown = (test.targets == 1).float().mean().item()
-    if unknown > 0.3:
-        notes.append(f"{unknown:.0%} of the words of the test part are unknown or rare in training")
+    note = f"{unknown:.0%} of the words of the test part are unknown or rare in training"
 
     targets = range(parts[2].start + window, len(words), test.stride)  # of the test windows
-    texts = [" ".join(words[i - window : i]) for i in targets]
-    examples = DataFrame({"truth": [words[i] for i in targets], "text": texts})
+    examples = DataFrame(
+        {
+            "truth": [words[i] for i in targets],
+            "text": [" ".join(words[i - window : i]) for i in targets],
+        }
+    )
     ceilings = {}
     change = None
     if not config.own:
@@ -1773,24 +1783,26 @@ def build_corpus(config, seed, device=CPU):
         examples["distance"] = known["distance"]
         change = exchange_words(
             test,
-            back=known["distance"].to_numpy(),
+            back=known["distance"],
             ids=encode(known["other_subject"], vocabulary),
             targets=encode(known["other_word"], vocabulary),
         )
-        likeliest = encode(known["likeliest"], vocabulary)
-        answers = {"answer": likeliest, "loss": known["entropy"], "effect": known["effect"]}
-        ceilings["full state"] = DataFrame(answers)
+        ceilings["full state"] = DataFrame(
+            {
+                "answer": encode(known["likeliest"], vocabulary),
+                "loss": known["entropy"],
+                "effect": known["effect"],
+            }
+        )
     return TaskData(
-        train=train,
-        validation=validation,
-        test=test,
+        *splits,
         sizes={"vocab_size": len(vocabulary)},
         preprocessing={"vocabulary": list(vocabulary), "window": window},
         examples=examples,
         spell=partial(np.take, list(vocabulary)),
         change=change,
-        ceilings=lambda: ceilings,
-        notes=notes,
+        ceilings=ceilings.copy,
+        notes=[note] if unknown > 0.3 else [],
     )
 
 
@@ -1802,13 +1814,9 @@ def build_series(config, seed, device=CPU):
     """
     rng = random_generator(seed, "series")
     table = config.own.table if config.own else generate_series(config, rng)
-    values = table["value"].to_numpy(dtype=float, copy=True)
-    notes = []
+    values = np.array(table["value"], float)
     window = min(config.window, max(12, len(values) // 10))
-    if window < config.window:
-        notes.append(
-            f"{len(values):,} values are few: windows of {window} steps in place of {config.window}"
-        )
+    note = f"{len(values):,} values are few: windows of {window} steps in place of {config.window}"
 
     # before windows: no target is shared
     parts = three_parts(len(values), 36, "values", window)
@@ -1823,13 +1831,14 @@ def build_series(config, seed, device=CPU):
         raise InputError(
             "constant over its first 70 %, the training part, or too large in the rest"
         )
-    n_windows = len(train_values) - window
-    stride = min(config.stride, math.ceil(n_windows / 1000))  # a short series can spare no window
+    # a short series can spare no window
+    stride = min(config.stride, math.ceil((len(train_values) - window) / 1000))
     sparse = math.ceil(0.15 * len(values) / MOST_WINDOWS)
-    train, validation, test = (
+    splits = [
         SeriesDataset(scaled[part], window, every, device)
         for part, every in zip(parts, (stride, sparse, sparse))
-    )
+    ]
+    test = splits[2]
 
     # one value of each window is shifted, at another lag from window to window
     lags = np.resize(LAGS, len(test)).clip(max=window)
@@ -1852,16 +1861,14 @@ def build_series(config, seed, device=CPU):
         return {"exact filter": value_answers(before, test).assign(effect=effect)}
 
     return TaskData(
-        train=train,
-        validation=validation,
-        test=test,
+        *splits,
         sizes={"input_dim": 1, "output_dim": 1},
         preprocessing={"scaler": {"mean": offset, "std": unit}, "window": window},
         examples=examples,
         change=Change(range(len(test)), test, shifted),
-        spell=lambda answers: values[targets - 1] + unit * np.asarray(answers),
+        spell=lambda answers: values[targets - 1] + unit * answers,
         ceilings=dict if config.own else ceilings,
-        notes=notes,
+        notes=[note] if window < config.window else [],
         unit=unit,
     )
 
@@ -1893,9 +1900,13 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class Task:
-    """All that differs between the three tasks."""
+def rise_in_probability(before, after):
+    """By how much the probability of the targets rises where the examples call for them: (N,)."""
+    return np.exp(-after["loss"]) - np.exp(-before["loss"])
+
+
+class Task(NamedTuple):
+    """All that differs between the three tasks; the defaults are for answers that are ids."""
 
     name: str
     title: str
@@ -1904,23 +1915,22 @@ class Task:
     head: type  # of the models
     build_data: Callable  # (configuration, seed, device)
     baselines: Callable  # (task, data, configuration, seed)
-    metrics: Sequence  # the first is the one that the models are judged by
     loss: Callable  # (output, target) -> (B,); its mean is minimised
     score: Callable  # (output, target) -> (B,); reported beside the loss in training
-    score_name: str
     answer: Callable  # (output, target) -> (B,): ids or values
+    metrics: Sequence = ("accuracy", "loss")  # the models are judged by the first
+    score_name: str = "accuracy"
     # (evaluation before, after a change) -> (N,): how far the output follows the change
-    effect: Callable
+    effect: Callable = rise_in_probability
 
 
 def label_loss(output, target):
     """Cross-entropy of a classifier's output (B, 1) or (B, K) with labels (B, 1): (B,)."""
     if output.shape[1] == 1:
         # at the nan of a model that diverges CUDA would end the process: it is put in afterwards
-        loss = F.binary_cross_entropy(output.nan_to_num(nan=0.5), target, reduction="none")
+        loss = F.binary_cross_entropy(output.nan_to_num(0.5), target, reduction="none")
         return loss.masked_fill(output.isnan(), math.nan)[:, 0]
-    log_probabilities = output.clamp_min(1e-30).log()
-    return F.nll_loss(log_probabilities, target[:, 0].long(), reduction="none")
+    return F.nll_loss(output.clamp_min(1e-30).log(), target[:, 0].long(), reduction="none")
 
 
 def likeliest_label(output, _target=None):
@@ -1933,11 +1943,6 @@ def likeliest_word(output, _target=None):
     return output[:, 2:].argmax(dim=1) + 2
 
 
-def rise_in_probability(before, after):
-    """By how much the probability of the targets rises where the examples call for them: (N,)."""
-    return np.exp(-after["loss"]) - np.exp(-before["loss"])
-
-
 CLASSIFIER = Task(
     name="classifier",
     title="Text classification",
@@ -1947,12 +1952,9 @@ CLASSIFIER = Task(
     head=Classifier,
     build_data=build_reviews,
     baselines=review_baselines,
-    metrics=("accuracy", "loss"),
     loss=label_loss,
     score=lambda output, target: (likeliest_label(output) == target[:, 0]).float(),
-    score_name="accuracy",
     answer=likeliest_label,
-    effect=rise_in_probability,
 )
 PREDICTOR = Task(
     name="predictor",
@@ -1963,12 +1965,9 @@ PREDICTOR = Task(
     head=Predictor,
     build_data=build_corpus,
     baselines=corpus_baselines,
-    metrics=("accuracy", "loss"),
     loss=partial(F.cross_entropy, reduction="none"),
     score=lambda output, target: (likeliest_word(output) == target).float(),
-    score_name="accuracy",
     answer=likeliest_word,
-    effect=rise_in_probability,
 )
 FORECASTER = Task(
     name="forecaster",
@@ -1997,7 +1996,7 @@ def model_arguments(config, data):
 def build_model(task, cell, config, data, seed):
     """A fresh model, its weights drawn from the seed."""
     seed_torch(seed, "weights")
-    return model_class(cell + task.head.__name__)(**model_arguments(config, data))
+    return MODEL_CLASSES[cell + task.head.__name__](**model_arguments(config, data))
 
 
 # ======================================================================================
@@ -2120,8 +2119,7 @@ class Run(NamedTuple):
         return name
 
 
-@dataclass(frozen=True)
-class Experiment:
+class Experiment(NamedTuple):
     """What is asked for, and what all its runs share."""
 
     config: Mapping  # by task
@@ -2135,11 +2133,12 @@ class Experiment:
 
 def load_data(task, config, seed, device):
     """A seed's data, made anew for each run; raises InputError, which names the user's file."""
+    own = config.own
     try:
         data = TASKS[task].build_data(config, seed, device)
     except InputError as error:
-        raise InputError(f"{config.own.name if config.own else task}: {error}") from error
-    return replace(data, notes=[*config.own.notes, *data.notes]) if config.own else data
+        raise InputError(f"{own.name if own else task}: {error}") from error
+    return replace(data, notes=[*own.notes, *data.notes]) if own else data
 
 
 def log(text):
@@ -2167,7 +2166,7 @@ def write_whole(path, content):
 def plain_config(config):
     """A configuration as a record holds it: of a user's data the name and the digest."""
     own = f"{config.own.name} ({config.own.digest})" if config.own else None
-    return json.loads(json.dumps({**vars(config), "own": own}, default=np.generic.item))
+    return json.loads(json.dumps({**vars(config), "own": own}))
 
 
 def as_lists(table):
@@ -2175,21 +2174,28 @@ def as_lists(table):
     return table.astype(object).where(table.notna(), None).to_dict("list")
 
 
-def spelled(data, kind, answers):
-    """Answers to the test examples as a record holds them, in the user's words and units."""
-    table = answers.drop(columns="score", errors="ignore")
-    return {"kind": kind, **as_lists(table.assign(answer=data.spell(table["answer"])))}
+def spelled(data, kind, tables):
+    """Answers to the test examples as a record holds them, in the user's words and units.
+
+    By name, as `tables` are.
+    """
+    found = {}
+    for name, table in tables.items():
+        table = table.drop(columns="score", errors="ignore")
+        table["answer"] = data.spell(table["answer"])
+        found[name] = {"kind": kind, **as_lists(table)}
+    return found
 
 
 def measure_baselines(run, config, data):
     """What the record of a seed's baselines holds, and of its test examples."""
     task = TASKS[run.task]
-    found = {"baseline": task.baselines(task, data, config, run.seed), "ceiling": data.ceilings()}
-    answers = {}
-    for kind, tables in found.items():
-        for name, table in tables.items():
-            answers[name] = spelled(data, kind, table)
-    return {"answers": answers, "examples": as_lists(data.examples), "notes": data.notes}
+    baselines = spelled(data, "baseline", task.baselines(task, data, config, run.seed))
+    return {
+        "answers": baselines | spelled(data, "ceiling", data.ceilings()),
+        "examples": as_lists(data.examples),
+        "notes": data.notes,
+    }
 
 
 def measure_model(model, run, config, data):
@@ -2200,7 +2206,7 @@ def measure_model(model, run, config, data):
         answers["effect"] = effect_of_change(model, task, data.change)
     inputs, targets = longest_batch(data, config)
     return {
-        "answers": {run.model: spelled(data, "model", answers)},
+        "answers": spelled(data, "model", {run.model: answers}),
         "parts": count_parameters(model),
         "layers": describe_layers(model, inputs[:2]),
         "batch_size": len(inputs),
@@ -2209,16 +2215,15 @@ def measure_model(model, run, config, data):
     }
 
 
-def trained_model(run, experiment, data):
+def trained_model(run, experiment, config, data):
     """The model of a run and its history; what a tuning run has trained is not trained again."""
-    if not run.is_tuning and experiment.rates[run.task, run.model][0] is None:
+    if not run.is_tuning and experiment.rates[run[:2]][0] is None:
         tried = run._replace(is_tuning=True)  # the same seed at the same rate
         record = finished(tried, experiment)
         if record:
             model = load_checkpoint(experiment.folder / f"models/{tried}.pt")
             return model.to(experiment.device), record["history"]
     task = TASKS[run.task]
-    config = experiment.config[run.task]
     score = task.score_name
 
     def log_epoch(row):
@@ -2229,9 +2234,17 @@ def trained_model(run, experiment, data):
         )
 
     model = build_model(task, run.model, config, data, run.seed).to(experiment.device)
-    data = replace(data, test=None)
-    settings = config, run.learning_rate, run.weight_decay, run.seed
-    return model, fit(model, task, data, *settings, log_epoch)
+    history = fit(
+        model,
+        task,
+        replace(data, test=None),
+        config,
+        run.learning_rate,
+        run.seed,
+        run.weight_decay,
+        log_epoch,
+    )
+    return model, history
 
 
 def train_run(run, experiment):
@@ -2241,30 +2254,32 @@ def train_run(run, experiment):
     answers, parts, layers and costs; of the baselines answers, the test examples and notes.
     Raises what training raises, InputError and OSError.
     """
-    folder = experiment.folder
     config = experiment.config[run.task]
     device = CPU if run.model == BASELINES else experiment.device
     prepare_device(device)
     data = load_data(run.task, config, run.seed, device)
-    path = folder / f"runs/{run}.json"
+    path = experiment.folder / f"runs/{run}.json"
     path.unlink(missing_ok=True)  # an older one must not stand beside a newer model
-    record = {**run._asdict(), "config": plain_config(config)}
+    record = {
+        **run._asdict(),
+        "config": plain_config(config),
+        "environment": {  # what else the numbers may depend on
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "system": f"{platform.system()} {platform.machine()}",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+    }
     if run.model == BASELINES:
         record.update(measure_baselines(run, config, data))
     else:
-        model, record["history"] = trained_model(run, experiment, data)
+        model, record["history"] = trained_model(run, experiment, config, data)
         if not run.is_tuning:
             # the best validation weights are back: nothing is chosen by the test part, opened now
             record.update(measure_model(model, run, config, data))
         model.preprocessing = data.preprocessing
-        checkpoint = checkpoint_bytes(model, model_arguments(config, data))
-        write_whole(folder / f"models/{run}.pt", checkpoint)
-    record["environment"] = {  # what the numbers may depend on beside configuration and seed
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
+        content = checkpoint_bytes(model, model_arguments(config, data))
+        write_whole(experiment.folder / f"models/{run}.pt", content)
     write_whole(path, json.dumps(record, default=np.generic.item))
 
 
@@ -2346,16 +2361,13 @@ def worker_pool(workers):
         yield None
         return
     others = multiprocessing.active_children()
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
     # the processes inherit that Ctrl-C is ignored: it is for this one
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     # large pages, for glibc: else a sixth of an LSTM's step on the reviews is page faults
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    os.environ["GLIBC_TUNABLES"] = tunables or "glibc.malloc.hugetlb=1"
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     for _ in range(workers):  # they start while the data are read
         pool.submit(os.getpid)
-    os.environ["GLIBC_TUNABLES"] = tunables
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield pool
@@ -2376,8 +2388,7 @@ def started_runs(runs, experiment, pool, bar):
         return
     futures = {pool.submit(train_run, run, experiment): run for run in runs}
     while futures:
-        done, _ = wait(futures, timeout=1, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in wait(futures, timeout=1, return_when=FIRST_COMPLETED).done:
             yield futures.pop(future), future.result
         bar.refresh()  # the workers' lines were written over it
 
@@ -2419,38 +2430,35 @@ def tuning_runs(experiment):
 
 
 def chosen_rates(runs, folder):
-    """The rate with the lowest mean validation loss, by (task, model), and a table of the runs.
+    """Rate and weight decay with the lowest mean validation loss, by (task, model).
 
-    A run that failed counts as an infinite loss.
+    A run that failed counts as an infinite loss. The table of the runs is written into the folder.
     """
     losses = []
     for run in runs:
         record = read_record(folder / f"runs/{run}.json")
         losses.append(best_epoch(record["history"])["validation_loss"] if record else math.inf)
     table = DataFrame(runs).drop(columns="is_tuning").assign(val_loss=losses)
-    names = ["task", "model", "learning_rate", "weight_decay"]
-    means = table.groupby(names)["val_loss"].mean()
-    chosen = means.groupby(names[:2]).idxmin().to_list()
-    keys = table[names].itertuples(index=False, name=None)
-    table["chosen"] = [key in chosen for key in keys]
-    return {(task, model): pair for task, model, *pair in chosen}, table
+    chosen = {}
+    for key, tried in table.groupby(["task", "model"]):
+        chosen[key] = tried.groupby(["learning_rate", "weight_decay"])["val_loss"].mean().idxmin()
+    table["chosen"] = [run.learning_rate == chosen[run[:2]][0] for run in runs]
+    write_whole(folder / "pytorch_rnn_tuning.csv", table.to_csv(index=False))
+    return chosen
 
 
 def train_all(experiment, pool, bar):
     """Choose the learning rates where that is asked for, then train; returns how many failed."""
-    folder = experiment.folder
     rates = experiment.rates
     tuning = tuning_runs(experiment)
     if tuning:
         train_runs(tuning, experiment, pool, bar)
-        chosen, table = chosen_rates(tuning, folder)
-        rates = rates | chosen
-        write_whole(folder / "pytorch_rnn_tuning.csv", table.to_csv(index=False))
+        rates = rates | chosen_rates(tuning, experiment.folder)
     runs = []
     for task, seed in product(experiment.config, experiment.seeds):
         runs.append(Run(task, BASELINES, seed))  # first, for they hold the test examples
         runs += [Run(*key, seed, *pair) for key, pair in rates.items() if key[0] == task]
-    present = sum((folder / f"runs/{run}.json").exists() for run in runs)
+    present = sum((experiment.folder / f"runs/{run}.json").exists() for run in runs)
     if present and not experiment.resume:
         log(f"{present} finished runs are trained again; --resume would keep them")
     return train_runs(runs, experiment, pool, bar)
@@ -2462,9 +2470,10 @@ def train_all(experiment, pool, bar):
 # Tables are DataFrames. `examples`: `examples_table`; `scores`: `score_table`; `runs`: `run_table`.
 
 KEYS = ["task", "model", "seed"]
+MODEL_KEYS = KEYS[:2]
 RUN_COLUMNS = """task model seed learning_rate parameters recurrent_parameters epochs best_epoch
     seconds val_loss test_loss test_accuracy test_mse test_mae""".split()
-EXAMPLE_COLUMNS = """task seed name kind example answer loss effect truth text step distance
+EXAMPLE_COLUMNS = """task seed name example kind answer loss effect truth text step distance
     lag""".split()
 COST_COLUMNS = """task model parameters recurrent_parameters ms_per_step samples_per_second
     activation_bytes""".split()
@@ -2472,40 +2481,37 @@ COST_COLUMNS = """task model parameters recurrent_parameters ms_per_step samples
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def examples_table(records):
+def examples_table(records, known):
     """A row per test example and per model, baseline or ceiling; every score is a view of it.
 
-    The columns are EXAMPLE_COLUMNS: after `effect` what is known of the example. A run without the
-    record of the baselines, which holds the examples, is left out.
+    `known`: what is known of the test examples, by (task, seed); EXAMPLE_COLUMNS names it after
+    `effect`.
     """
-    known = {(r["task"], r["seed"]): r["examples"] for r in records if "examples" in r}
     tables = {}
     for record in records:
         key = record["task"], record["seed"]
-        if key in known:
-            for name, answers in record["answers"].items():
-                tables[*key, name] = DataFrame({**known[key], **answers})
-    table = pd.concat(tables, names=EXAMPLE_COLUMNS[:3]).rename_axis(index={None: "example"})
-    numbers = {"step": "Int64", **dict.fromkeys(["loss", "effect", "distance", "lag"], float)}
-    return table.reset_index().reindex(columns=EXAMPLE_COLUMNS).astype(numbers)
+        for name, answers in record["answers"].items():
+            tables[*key, name] = DataFrame({**known[key], **answers})
+    table = pd.concat(tables, names=EXAMPLE_COLUMNS[:4]).reset_index()
+    numbers = dict.fromkeys("loss effect distance lag".split(), float)
+    return table.reindex(columns=EXAMPLE_COLUMNS).astype({**numbers, "step": "Int64"})
 
 
 def score_table(examples):
     """What each model, baseline and ceiling scores: task, name, kind, seed, metric, value."""
-    keys = ["task", "name", "kind", "seed"]
+    columns = "task name kind seed metric value".split()
     parts = []
     for task, table in examples.groupby("task", sort=False):
-        metrics = (*TASKS[task].metrics, "loss")
-        values = table[keys].assign(**{metric: METRICS[metric].of(table) for metric in metrics})
-        means = values.groupby(keys, sort=False).mean().reset_index()
-        parts.append(means.melt(keys, var_name="metric"))
-    return pd.concat(parts, ignore_index=True)
+        for name in dict.fromkeys([*TASKS[task].metrics, "loss"]):
+            table = table.assign(metric=name, value=METRICS[name].of(table))
+            parts.append(table[columns])
+    return pd.concat(parts).groupby(columns[:-1], sort=False)["value"].mean().reset_index()
 
 
 def summarise(scores):
     """Mean and standard deviation over seeds: task, name, kind, metric, mean, std, n."""
-    groups = scores.groupby(["task", "name", "kind", "metric"], sort=False)["value"]
-    return groups.agg(mean="mean", std="std", n="count").reset_index()
+    values = scores.groupby("task name kind metric".split(), sort=False)["value"]
+    return values.agg(mean="mean", std="std", n="count").reset_index()
 
 
 def run_table(records, scores):
@@ -2542,9 +2548,9 @@ def run_table(records, scores):
 
 def predictions_table(examples):
     """A row per test example of a task and seed: the truth and the answers of all, side by side."""
-    known = examples.drop_duplicates("example").set_index("example")
-    known = known[["truth", "text", "step"]].dropna(axis="columns", how="all")
-    return known.join(examples.pivot(index="example", columns="name", values="answer"))
+    known = examples.groupby("example")[["truth", "text", "step"]].first()
+    answers = examples.pivot(index="example", columns="name", values="answer")
+    return known.dropna(axis="columns", how="all").join(answers)
 
 
 # --- differences ----------------------------------------------------------------------
@@ -2580,8 +2586,9 @@ def compare(examples):
     for task, table in examples.groupby("task", sort=False):
         name = TASKS[task].metrics[0]
         sign = METRICS[name].sign
-        table = table.assign(value=METRICS[name].of(table))
-        values = table.pivot(index=["seed", "example"], columns="name", values="value")
+        values = table.assign(value=METRICS[name].of(table)).pivot(
+            index=["seed", "example"], columns="name", values="value"
+        )
         names = table.groupby("kind")["name"].unique()
         models = names.get("model", ())  # none if each failed
         best = (sign * values[names["baseline"]].mean()).idxmax()
@@ -2592,22 +2599,22 @@ def compare(examples):
             if low > 0 or high < 0:
                 verdict = f"{a if sign * low > 0 else b} better"
             rows.append((task, name, a, b, by_seed.mean(), low, high, wins, verdict))
-    columns = "task metric a b difference low high wins verdict".split()
-    return DataFrame(rows, columns=columns)
+    return DataFrame(rows, columns="task metric a b difference low high wins verdict".split())
 
 
 def unlearnt(runs, scores):
     """The runs whose test loss is nearer to that of a baseline that ignores the input than to the
     median of their model, on three seeds or more.
     """
-    blind = scores.query(
-        "metric == 'loss' and name in ['majority class', 'unigram', 'persistence']"
+    blind = "metric == 'loss' and name in ['majority class', 'unigram', 'persistence']"
+    losses = scores.query(blind).groupby("task")["value"].mean()
+    of_model = runs.groupby(MODEL_KEYS)["test_loss"]
+    runs = runs.assign(
+        blind=runs["task"].map(losses),
+        median=of_model.transform("median"),
+        seeds=of_model.transform("size"),
     )
-    losses = blind.groupby("task")["value"].mean()
-    to_blind = runs["test_loss"] - runs["task"].map(losses)
-    of_cell = runs.groupby(["task", "model"])["test_loss"]
-    to_median = runs["test_loss"] - of_cell.transform("median").where(of_cell.transform("size") > 2)
-    return runs[to_blind.abs() < to_median.abs()]
+    return runs.query("seeds > 2 and abs(test_loss - blind) < abs(test_loss - median)")
 
 
 # --- by distance ----------------------------------------------------------------------
@@ -2679,7 +2686,7 @@ def show(mean, std):
 
 def summary_table(task, summary):
     """The results of a task for people: a row per name, a column per metric."""
-    table = summary.query("task == @task").drop_duplicates("name")[["name", "kind"]]
+    table = summary.query("task == @task")[["name", "kind"]].drop_duplicates()
     for metric in TASKS[task].metrics:
         rows = summary.query("task == @task and metric == @metric")
         scaled = METRICS[metric].scale * rows[["mean", "std"]]
@@ -2694,18 +2701,17 @@ def verdict_table(comparisons):
     than the difference, if that stays as it is.
     """
     metric = METRICS[comparisons["metric"].iloc[0]]
-    scaled = metric.scale * comparisons[["difference", "low", "high"]]
     rows = []
-    for row, (mean, low, high) in zip(comparisons.itertuples(), scaled.to_numpy()):
+    for _, _, a, b, *numbers, wins, verdict in comparisons.to_numpy():
+        mean, low, high = metric.scale * np.array(numbers)
         places = decimals((high - low) / 4) if low < high else 3
-        interval = f"[{low:z.{places}f}, {high:z.{places}f}]" if row.verdict else "none on one seed"
-        verdict = row.verdict
+        interval = f"[{low:z.{places}f}, {high:z.{places}f}]" if verdict else "none on one seed"
         if verdict == "undecided":
-            n_seeds = int(row.wins.split()[-1])
-            error = (high - low) / 2 / t_quantile(n_seeds)
-            needed = n_seeds * (2 * error / (mean or 1e-9)) ** 2
+            n_seeds = int(wins.split()[-1])
+            two_errors = (high - low) / t_quantile(n_seeds)
+            needed = n_seeds * (two_errors / (mean or 1e-9)) ** 2
             verdict += f" ({np.clip(needed, n_seeds + 1, 100):.0f} seeds or more)"
-        rows.append((f"{row.a} - {row.b}", f"{mean:z.{places}f}", interval, row.wins, verdict))
+        rows.append((f"{a} - {b}", f"{mean:z.{places}f}", interval, wins, verdict))
     columns = ["difference", metric.label, "95 % interval", "seeds won", "verdict"]
     return DataFrame(rows, columns=columns)
 
@@ -2721,12 +2727,12 @@ CLAIMS = {
     "far_effect": "RNN < GRU < LSTM",
 }
 FAR = {"classifier": 50, "predictor": 7}  # words
-BANDS = {  # in which the accuracy was expected, in per cent
-    ("classifier", "RNN"): pd.Interval(60, 70),
-    ("classifier", "GRU"): pd.Interval(70, 80),
-    ("classifier", "LSTM"): pd.Interval(75, 85),
-    ("predictor", "LSTM"): pd.Interval(40, 60),
-}
+# in which the accuracy was expected, in per cent
+BANDS = """task model low high
+classifier GRU 70 80
+classifier LSTM 75 85
+classifier RNN 60 70
+predictor LSTM 40 60"""
 
 
 def common_claims(runs, examples):
@@ -2735,31 +2741,27 @@ def common_claims(runs, examples):
     Of each two neighbours in an order: it does if the 95 % interval of their paired difference over
     the seeds lies above 0, it does not if that lies below.
     """
-    far = examples[examples["distance"] >= examples["task"].map(FAR)]
-    effects = far.groupby(["task", "name", "seed"])["effect"].mean().rename("far_effect")
-    runs = runs.join(effects, KEYS)
+    far = examples.query("distance >= task.map(@FAR)")
+    effects = far.groupby(["task", "name", "seed"])["effect"].mean()
+    runs = runs.join(effects.rename("far_effect"), KEYS)
     rows = []
     for (column, order), task in product(CLAIMS.items(), runs["task"].unique()):
-        names = order.split(" < ")
         values = runs.query("task == @task").pivot(index="seed", columns="model", values=column)
-        values = values.reindex(columns=names)
-        answers = []
-        for less, larger in pairwise(names):
-            gap = values[larger] - values[less]
-            half = t_quantile(len(gap)) * gap.sem()
-            answer = "not decided"
-            if abs(gap.mean()) > half:
-                answer = "yes" if gap.mean() > 0 else "no"
-            answers.append(answer)
-        measured = [f"{mean:.3g}" for mean in values.mean()]
+        values = values.reindex(columns=order.split(" < "))
+        gaps = values.diff(axis=1).iloc[:, 1:]  # between neighbours
+        t = gaps.mean() / gaps.sem()  # Student's
+        least = t_quantile(len(gaps))
+        decided = [t > least, t < -least]
+        holds = ", ".join(np.select(decided, ["yes", "no"], "not decided"))
+        measured = ", ".join(values.mean().map("{:.3g}".format))
         if "nan" not in measured:
-            rows.append((column, task, order, ", ".join(measured), ", ".join(answers)))
-    accuracy = 100 * runs.groupby(["task", "model"])["test_accuracy"].mean()
-    expected = accuracy[accuracy.index.isin(BANDS)]
-    if len(expected):
-        said = ", ".join(f"{key[1]} {BANDS[key]}" for key in expected.index)
-        measured = ", ".join(f"{mean:.1f}" for mean in expected)
-        holds = all(mean in BANDS[key] for key, mean in expected.items())
+            rows.append((column, task, order, measured, holds))
+    accuracy = 100 * runs.groupby(MODEL_KEYS)["test_accuracy"].mean()
+    bands = pd.read_csv(io.StringIO(BANDS), sep=" ").join(accuracy, MODEL_KEYS, how="inner")
+    if len(bands):
+        said = ", ".join(f"{band.model} ({band.low}, {band.high}]" for band in bands.itertuples())
+        measured = ", ".join(bands["test_accuracy"].map("{:.1f}".format))
+        holds = bands.eval("low < test_accuracy <= high").all()
         rows.append(("test_accuracy in %", "", said, measured, "yes" if holds else "no"))
     return DataFrame(rows, columns=["what", "task", "said", "measured", "holds"])
 
@@ -2772,41 +2774,43 @@ def findings(results, records):
     for (task, title), _ in results.runs.groupby(["task", "title"], sort=False):
         comparisons = results.comparisons.query("task == @task")
         best = comparisons["b"].iloc[-1]  # the best baseline stands in the last rows
-        shown = results.summary.query("kind != 'baseline' or name == @best")
-        n_tested = results.examples.query("task == @task")["example"].max() + 1
+        n_tested = results.examples.query("task == @task")["example"].nunique()
         parts = [
             f"{n_tested:,} examples were tested on each seed.",
-            summary_table(task, shown),
+            summary_table(task, results.summary.query("kind != 'baseline' or name == @best")),
             verdict_table(comparisons),
         ]
         if title == TASKS[task].title:
             parts.insert(0, TASKS[task].question)  # of the generated data
-        for run in failures.query("task == @task").itertuples():
-            parts.append(f"{run.model}, seed {run.seed}: did not learn what its other seeds did.")
-        report[title] = parts
+        report[title] = parts + [
+            f"{run.model}, seed {run.seed}: did not learn what its other seeds did."
+            for run in failures.query("task == @task").itertuples()
+        ]
     return report
 
 
 def details(results, records):
     """The long tables of the report."""
+    runs = results.runs
     parts = []
-    for task in results.runs["task"].unique():
+    for task in runs["task"].unique():
         parts += [TASKS[task].title, summary_table(task, results.summary)]
-    training = ["learning_rate", "weight_decay", "best_epoch", "epochs", "seconds", "ms_per_step"]
-    means = results.runs.groupby(["task", "model"], sort=False)[training].mean()
+    training = "learning_rate weight_decay best_epoch epochs seconds ms_per_step".split()
+    means = runs.groupby(MODEL_KEYS, sort=False)[training].mean()
     parts += [
         "Training, mean over the seeds; on a CPU PyTorch has a fused kernel for the LSTM only",
         means.reset_index(),
     ]
     for task, x_label, y_label, table in distance_tables(results.examples):
-        label = y_label.replace("\n", " ")
         shown = table.droplevel("kind", axis=1).T.map("{:.3g}".format)
-        parts += [f"{TASKS[task].title}: {label}, by {x_label}", shown.reset_index()]
-    if results.runs["seed"].nunique() > 1:
-        claims = common_claims(results.runs, results.examples)
+        parts += [
+            f"{TASKS[task].title}: {' '.join(y_label.split())}, by {x_label}",
+            shown.reset_index(),
+        ]
+    if runs["seed"].nunique() > 1:
         parts += [
             "What is commonly said, the means of the cells named, and whether it holds",
-            claims,
+            common_claims(runs, results.examples),
         ]
     environments = DataFrame(record["environment"] for record in records)
     return [*parts, environments.drop_duplicates(), NOTES]
@@ -2832,20 +2836,14 @@ class Results(NamedTuple):
 
 
 GREY = "#777777"
-PARTS = {"embedding": "", "recurrent": "////", "head": "...."}  # of a model, with their hatches
-STYLE = {
-    "font.size": 9,
-    "figure.dpi": 120,
-    "legend.frameon": False,
-    "text.parse_math": False,  # names of labels and files may hold dollars
-    "grid.color": "#E4E4E4",
-    "axes.grid": True,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.ymargin": 0.1,  # room for the marks of the first and the last row
-    "axes.spines.right": False,
-}
+PARTS = {"recurrent": "////", "head": "...."}  # of a model, with their hatches; embeddings: none
+# as in a matplotlibrc; parse_math is off, for names of labels and files may hold dollars;
+# ymargin: room for the marks of the first and the last row
+SETTINGS = """font.size=9 figure.dpi=120 figure.constrained_layout.use=True savefig.format=png
+    legend.frameon=False legend.fontsize=7 text.parse_math=False grid.color=#E4E4E4 axes.grid=True
+    axes.titlelocation=left axes.titleweight=bold axes.ymargin=0.1 axes.spines.top=False
+    axes.spines.right=False"""
+STYLE = dict(setting.split("=") for setting in SETTINGS.split())
 
 
 def colour(name):
@@ -2853,9 +2851,9 @@ def colour(name):
     return CELLS[name].colour if name in CELLS else GREY
 
 
-def new_figure(width, height, rows, columns, **options):
-    """A figure, its size in inches, and its axes (rows, columns)."""
-    figure = Figure(figsize=(max(width, 7.2), height), layout="constrained")  # titles need room
+def new_figure(rows, columns, width, height, **options):
+    """A figure and its axes (rows, columns), each so many inches wide and high."""
+    figure = Figure((max(columns * width, 7.2), rows * height + 0.6))  # titles need room
     grid = figure.subplots(rows, columns, squeeze=False, **options)
     for axes in grid.flat:
         axes.locator_params(axis="x", integer=True)  # epochs and steps are whole
@@ -2872,15 +2870,15 @@ def use_factors(axes):
 def bar_panel(axes, table, labels=None, **settings):
     """A bar per model (row), stacked of its parts (columns), with a label or its size behind it."""
     left = 0
-    shades = table.index.map(colour)
     for part, sizes in table.items():
-        bars = axes.barh(table.index, sizes, left=left, color=shades, hatch=PARTS.get(part))
-        left = left + sizes
+        bars = axes.barh(
+            table.index, sizes, left=left, color=table.index.map(colour), hatch=PARTS.get(part)
+        )
+        left += sizes
     axes.bar_label(bars, labels, fmt="%.3g", padding=3)
-    axes.set_ylim(len(table) - 0.25, -0.75)  # a bar alone is no wider than among others
-    axes.grid(visible=False)
-    axes.margins(x=0.45)  # room for the labels
-    axes.set(**settings)
+    axes.grid(False)
+    # room for the labels; a bar alone is no wider than among others
+    axes.set(xmargin=0.45, ylim=(len(table) - 0.25, -0.75), **settings)
 
 
 def history_figure(results, task):
@@ -2889,8 +2887,7 @@ def history_figure(results, task):
     if history.empty:
         return None
     models = history.groupby("model", sort=False)
-    width = 3.2 * len(models) + 0.8
-    figure, grid = new_figure(width, 5.6, 2, len(models), sharex=True, sharey="row")
+    figure, grid = new_figure(2, len(models), 3.5, 2.5, sharex=True, sharey="row")
     for name, row in zip(("loss", TASKS[task].score_name), grid):
         metric = METRICS[name]
         for (model, own), axes in zip(models, row):
@@ -2898,8 +2895,8 @@ def history_figure(results, task):
                 curves = own.pivot(index="epoch", columns="seed", values=f"{split}_{name}")
                 axes.plot(metric.scale * curves, style, color=colour(model))
             kept = own.loc[own.groupby("seed")["validation_loss"].idxmin()]
-            values = metric.scale * kept[f"validation_{name}"]
-            axes.plot(kept["epoch"], values, "o", color=colour(model))
+            scores = metric.scale * kept[f"validation_{name}"]
+            axes.plot(kept["epoch"], scores, "o", color=colour(model))
             axes.set(title=model, xlabel="epoch", ylabel="loss" if name == "loss" else metric.label)
             axes.label_outer()
         # by validation: training that begins with an explosion must not flatten the others
@@ -2913,51 +2910,57 @@ def forecasts_figure(results):
     models = results.runs.query("task == 'forecaster'").groupby("model", sort=False)
     if not len(models):
         return None
-    figure, grid = new_figure(14, 2.3 * len(models) + 0.6, len(models), 3, sharey="col")
+    figure, grid = new_figure(len(models), 3, 4.7, 2.3, sharey="col")
     for (model, own), (one_step, free, errors) in zip(models, grid):
         first = own["forecasts"].iloc[0]
-        for axes, kind in ((one_step, ""), (free, "free_")):
+        for axes, kind, label in (
+            (one_step, "", "test example, forecast one step ahead"),
+            (free, "free_", "steps ahead, forecasts fed back"),
+        ):
             steps = range(1, len(first[f"{kind}truth"]) + 1)
             axes.plot(steps, first[f"{kind}truth"], ".", color=GREY)
             axes.plot(steps, first[f"{kind}forecast"], color=colour(model))
-            axes.set(title=model, ylabel="value (series units)")
+            axes.set(title=model, xlabel=label, ylabel="value (series units)")
         for name, shade in (("persistence_mse", GREY), ("free_mse", colour(model))):
             means = np.mean([each[name] for each in own["forecasts"]], axis=0)
             errors.plot(steps, means, color=shade)
-        one_step.set_xlabel("test example, forecast one step ahead")
-        free.set_xlabel("steps ahead, forecasts fed back")
         errors.set(xlabel="steps ahead, mean over seeds", ylabel="MSE (series units²)", ylim=0)
     return figure
 
 
 def parameters_figure(results):
     """Parameters by part, each model of each task."""
-    models = results.runs.drop_duplicates(["task", "model"])
-    tasks = models.groupby(["title", "seed"], sort=False)  # vocabularies differ from seed to seed
-    figure, grid = new_figure(9, 1.9 * len(tasks) + 0.6, len(tasks), 1)
-    for (key, table), axes in zip(tasks, grid.flat):
-        counts = table[["parameters", "recurrent_parameters"]].to_numpy()
-        labels = ["{:,} (recurrent {:,})".format(*row) for row in counts]
+    # with the seed, for vocabularies differ from seed to seed
+    tasks = results.runs.drop_duplicates(MODEL_KEYS).groupby(["title", "seed"], sort=False)
+    figure, grid = new_figure(len(tasks), 1, 9, 1.9)
+    for ((title, seed), table), axes in zip(tasks, grid.flat):
+        labels = [
+            f"{run.parameters:,} (recurrent {run.recurrent_parameters:,})"
+            for run in table.itertuples()
+        ]
         parts = DataFrame(list(table["parts"]), table["model"])
-        bar_panel(axes, parts, labels, title="{}, seed {}".format(*key), xlabel="parameters")
+        bar_panel(axes, parts, labels, title=f"{title}, seed {seed}", xlabel="parameters")
     return figure
 
 
 def architectures_figure(results):
     """A box per model: its layers from input to output, with settings, output shape and weights."""
-    models = results.runs.drop_duplicates(["task", "model"])
-    tasks = models.groupby("task", sort=False)
-    columns = tasks.size().max()
-    height = 3.2 * len(tasks) + 0.4
-    figure, grid = new_figure(2.7 * columns, height, len(tasks), columns)
+    tasks = results.runs.drop_duplicates(MODEL_KEYS).groupby("task", sort=False)
+    figure, grid = new_figure(len(tasks), tasks.size().max(), 2.7, 3.2)
     for axes in grid.flat:
         axes.axis("off")
     for (task, own), row in zip(tasks, grid):
         for run, axes in zip(own.itertuples(), row):
-            box = {"boxstyle": "round", "edgecolor": colour(run.model), "facecolor": "white"}
-            layers = "\n↓\n".join(run.layers)
-            place = {"ha": "center", "va": "top", "transform": axes.transAxes}
-            axes.text(0.5, 0.95, layers, fontsize=7.5, bbox=box, **place)
+            axes.text(
+                0.5,
+                0.95,
+                "\n↓\n".join(run.layers),
+                fontsize=7.5,
+                ha="center",
+                va="top",
+                bbox={"boxstyle": "round", "edgecolor": colour(run.model), "facecolor": "white"},
+                transform=axes.transAxes,
+            )
             axes.set_title(f"{run.model} {task}, seed {run.seed}", loc="center")
     return figure
 
@@ -2965,8 +2968,7 @@ def architectures_figure(results):
 def performance_figure(results):
     """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
     tasks = results.runs.groupby("task", sort=False)
-    height = 2.5 * len(tasks) + 0.6
-    figure, grid = new_figure(14, height, len(tasks), 4, width_ratios=[2.2, 1, 1, 1])
+    figure, grid = new_figure(len(tasks), 4, 3.5, 2.5, width_ratios=[2.2, 1, 1, 1])
     costs = {
         "seconds": "training (s per run)",
         "ms_per_step": "step of training (ms)",
@@ -2976,11 +2978,11 @@ def performance_figure(results):
         first = TASKS[task].metrics[0]
         metric = METRICS[first]
         scores = results.scores.query("task == @task and metric == @first")
-        for (name, kind), values in scores.groupby(["name", "kind"], sort=False)["value"]:
-            values = metric.scale * values
+        for (name, kind), own in scores.groupby(["name", "kind"], sort=False):
+            values = metric.scale * own["value"]
             if kind == "ceiling":
                 test.axvline(values.mean(), color=GREY, linestyle="--")
-            test.plot(values, [name] * len(values), ".", color=colour(name))
+            test.plot(values, own["name"], ".", color=colour(name))
             test.plot(values.mean(), name, "|", color=colour(name), markersize=13)
         if metric.sign < 0:  # errors differ by factors
             use_factors(test)
@@ -2997,15 +2999,16 @@ def learning_rates_figure(results):
     if results.tuning.empty:
         return None
     tasks = results.tuning.groupby("task", sort=False)
-    figure, grid = new_figure(4.2 * len(tasks), 4, 1, len(tasks))
+    figure, grid = new_figure(1, len(tasks), 4.2, 3.4)
     for (task, runs), axes in zip(tasks, grid.flat):
         for model, own in runs.groupby("model", sort=False):
             losses = own.pivot(index="learning_rate", columns="seed", values="val_loss")
             means = losses.dropna(axis=1).mean(axis=1)
-            chosen = own[own["chosen"]]["learning_rate"].iloc[:1]
-            axes.plot(losses, ".", color=colour(model))
-            axes.plot(means, color=colour(model), label=model)
-            axes.plot(chosen, means[chosen], "o", color=colour(model), ms=11, fillstyle="none")
+            chosen = means[own.query("chosen")["learning_rate"].iloc[:1]]
+            axes.set_prop_cycle(color=[colour(model)])
+            axes.plot(losses, ".")
+            axes.plot(means, label=model)
+            axes.plot(chosen, "o", ms=11, fillstyle="none")
         use_factors(axes)
         axes.set(title=TASKS[task].title, xlabel="learning rate", ylabel="validation loss")
         axes.legend()
@@ -3019,7 +3022,7 @@ def errors_figure(results):
         return None
     models = examples.groupby("name", sort=False)
     size = 0.6 * examples["truth"].nunique() + 1.2
-    figure, grid = new_figure(size * len(models) + 1.6, size + 0.6, 1, len(models), sharey=True)
+    figure, grid = new_figure(1, len(models), size + 0.5, size, sharey=True)
     for (model, own), axes in zip(models, grid.flat):
         shares = 100 * pd.crosstab(own["truth"], own["answer"], normalize="index")
         shares = shares.reindex(columns=shares.index, fill_value=0)
@@ -3031,7 +3034,7 @@ def errors_figure(results):
         axes.set_yticks(ticks, shares.index)
         axes.set(title=model, xlabel="predicted label", ylabel="true label")
         axes.label_outer()
-        axes.grid(visible=False)
+        axes.grid(False)
     return figure
 
 
@@ -3042,14 +3045,14 @@ def long_range_figure(results):
         return None
     columns = len({task for task, *_ in tables})
     rows = math.ceil(len(tables) / columns)
-    figure, grid = new_figure(4.4 * columns, 3.9 * rows, rows, columns)
+    figure, grid = new_figure(rows, columns, 4.4, 3.6)
     for (task, x_label, y_label, table), axes in zip(tables, grid.flat):
-        styles = cycle(["s:", "^:", "D:", "v:", "x:"])  # of baselines
+        styles = cycle("s: ^: D: v: x:".split())  # of baselines
         for (name, kind), values in table.items():
             style = {"model": "o-", "ceiling": "--"}.get(kind) or next(styles)
             axes.plot(values, style, color=colour(name), label=name)
         axes.set(title=TASKS[task].title, xlabel=x_label, ylabel=y_label, xticks=table.index)
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
 
 
@@ -3115,11 +3118,13 @@ tr { border-bottom: 1px solid #ddd } img { max-width: 100% }
 
 
 def draw_figures(results):
-    """Figures and PNGs by name, and how many could not be drawn: one must not cost the others."""
+    """Figures by name, hints and PNGs for the page, and how many could not be drawn: one must not
+    cost the others.
+    """
     figures = {}
-    images = {}
+    parts = []
     failed = 0
-    for name, (draw, title, _) in FIGURES.items():
+    for name, (draw, title, hint) in FIGURES.items():
         content = io.BytesIO()
         try:
             with rc_context(STYLE), warnings.catch_warnings():
@@ -3127,36 +3132,35 @@ def draw_figures(results):
                 figure = draw(results)
                 if figure:
                     figure.suptitle(title)
-                    figure.savefig(content, format="png")
+                    figure.savefig(content)
                     figures[name] = figure
-                    images[name] = content.getvalue()
+                    parts += [hint, (name, content.getvalue())]
         except Exception as error:
             failed += 1
             log(f"failed: the figure {name} could not be drawn: {first_line(error)}")
-    return figures, images, failed
+    return figures, parts, failed
 
 
 def page_and_markdown(report):
     """A report, heading -> texts, tables and figures (name, PNG), as HTML page and as Markdown."""
-    page = [PAGE_HEAD]
-    markdown = []
+    page = PAGE_HEAD
+    markdown = ""
     for heading, parts in report.items():
-        page.append(f"<h2>{html.escape(heading)}</h2>")
-        markdown.append(f"## {heading}")
+        page += f"\n<h2>{html.escape(heading)}</h2>"
+        markdown += f"\n## {heading}\n"
         for part in parts:
             if isinstance(part, DataFrame):
-                page.append(part.to_html(index=False, na_rep=""))
-                markdown.append(f"```\n{part.to_string(index=False, na_rep='')}\n```")
+                page += f"\n{part.to_html(index=False, na_rep='')}"
+                markdown += f"\n```\n{part.to_string(index=False, na_rep='')}\n```\n"
             elif isinstance(part, tuple):
                 name, png = part
-                page.append(
-                    f"<img alt='{name}' src='data:image/png;base64,{b64encode(png).decode()}'>"
-                )
-                markdown.append(f"![{name}](pytorch_rnn_{name}.png)")
+                source = f"data:image/png;base64,{b64encode(png).decode()}"
+                page += f"\n<img alt='{name}' src='{source}'>"
+                markdown += f"\n![{name}](pytorch_rnn_{name}.png)\n"
             else:
-                page.append(f"<p>{html.escape(part)}</p>")
-                markdown.append(part)
-    return "\n".join(page), "\n\n".join(markdown) + "\n"
+                page += f"\n<p>{html.escape(part)}</p>"
+                markdown += f"\n{part}\n"
+    return page, markdown.lstrip()
 
 
 def make_report(folder, failed=0):
@@ -3165,49 +3169,47 @@ def make_report(folder, failed=0):
     Returns Results. Raises InputError or RunError where no run is finished.
     """
     records = read_records(folder)
-    tested = {(r["task"], r["seed"]) for r in records if "examples" in r}
-    trained = [r for r in records if "history" in r and (r["task"], r["seed"]) in tested]
+    known = {(r["task"], r["seed"]): r["examples"] for r in records if "examples" in r}
+    # a run without the record of its baselines, which holds the test examples, is left out
+    records = [r for r in records if (r["task"], r["seed"]) in known]
+    trained = [r for r in records if "history" in r]
     if not trained:
         raise (RunError if failed else InputError)(f"no run is finished in {folder}")
-    examples = examples_table(records)
+    examples = examples_table(records, known)
     scores = score_table(examples)
     tuning = folder / "pytorch_rnn_tuning.csv"
-    history = pd.json_normalize(trained, "history", KEYS).set_index(KEYS).reset_index()
     results = Results(
         runs=run_table(trained, scores),
-        history=history,
+        history=pd.json_normalize(trained, "history", KEYS).set_index(KEYS).reset_index(),
         scores=scores,
         summary=summarise(scores),
         comparisons=compare(examples),
         examples=examples,
         tuning=pd.read_csv(tuning) if tuning.exists() else DataFrame(),
     )
-    figures, images, broken = draw_figures(results)
+    figures, parts, broken = draw_figures(results)
     report = findings(results, records)
     _, found = page_and_markdown(report)
-    report["Figures"] = []
-    for name, png in images.items():
-        report["Figures"] += [FIGURES[name][2], (name, png)]
+    report["Figures"] = parts
     report["Details"] = details(results, records)
     page, markdown = page_and_markdown(report)
-
-    files = {"pytorch_rnn_report.html": page, "pytorch_rnn_summary.md": markdown}
-    tables = {
-        "runs": results.runs[RUN_COLUMNS],
-        "history": history,
-        "summary": results.summary,
-        "comparisons": results.comparisons,
-        "costs": results.runs.drop_duplicates(KEYS[:2])[COST_COLUMNS],
+    files = {
+        "pytorch_rnn_report.html": page,
+        "pytorch_rnn_summary.md": markdown,
+        "pytorch_rnn_runs.csv": results.runs[RUN_COLUMNS],
+        "pytorch_rnn_history.csv": results.history,
+        "pytorch_rnn_summary.csv": results.summary,
+        "pytorch_rnn_comparisons.csv": results.comparisons,
+        "pytorch_rnn_costs.csv": results.runs.drop_duplicates(MODEL_KEYS)[COST_COLUMNS],
+        **{f"pytorch_rnn_{name}.png": png for name, png in parts[1::2]},  # between the hints
     }
-    for name, table in tables.items():
-        files[f"pytorch_rnn_{name}.csv"] = table.to_csv(index=False)
-    for name, png in images.items():
-        files[f"pytorch_rnn_{name}.png"] = png
     for (task, seed), answers in examples.groupby(["task", "seed"]):
         # Excel takes a file without the mark for one that is not UTF-8
-        table = "\ufeff" + predictions_table(answers).to_csv(index=False)
-        files[f"predictions/{task}_seed{seed}.csv"] = table
+        content = "\ufeff" + predictions_table(answers).to_csv(index=False)
+        files[f"predictions/{task}_seed{seed}.csv"] = content
     for name, content in files.items():
+        if isinstance(content, DataFrame):
+            content = content.to_csv(index=False)
         try:
             write_whole(folder / name, content)
         except OSError as error:  # open in a spreadsheet, or the disk is full
@@ -3222,16 +3224,10 @@ def make_report(folder, failed=0):
 # Command line
 # ======================================================================================
 
-HELP = {
+# what each option is for; the numbers of the configuration are options as well
+TEXT_OPTIONS = {
     "tasks": f"any of {' '.join(TASKS)}",
     "models": f"any of {' '.join(CELLS)}; default: {' '.join(DEFAULT_MODELS)}",
-    "seeds": "default: 42 43 44; with --quick: 42",
-    "quick": "the whole pipeline on tiny data, two epochs",
-    "tune": "choose learning rates first, by validation loss; default: for your own data alone",
-    "resume": "keep the runs that are finished in the output directory",
-    "report": "no training: tables, figures and page of the runs in the output directory",
-    "learning_rate": "of all models; default, or 0: each model's own",
-    "weight_decay": "of all models; default: each model's own on reviews, else 0",
     "reviews": "your own CSV file: a column of texts and one of labels (.gz works too)",
     "corpus": "your own text file",
     "series": "your own CSV file: a column of numbers, in order of time",
@@ -3239,31 +3235,34 @@ HELP = {
     "label_column": "default: label, sentiment, class, rating or stars",
     "series_column": "default: the only column of numbers",
     "device": "auto (default: CUDA if there is one, else CPU), cpu, cuda or mps",
-    "workers": "runs at a time; default: as many as cores, 1 with --quick or on a GPU",
     "output_dir": "default: outputs, or a folder below it",
+}
+SWITCHES = {
+    "quick": "the whole pipeline on tiny data, two epochs",
+    "tune": "choose learning rates first, by validation loss; default: for your own data alone",
+    "resume": "keep the runs that are finished in the output directory",
+    "report": "no training: tables, figures and page of the runs in the output directory",
+}
+NUMBER_OPTIONS = {
+    "seeds": "default: 42 43 44; with --quick: 42",
+    "workers": "runs at a time; default: as many as cores, 1 with --quick or on a GPU",
     "length": "with --predict: words or values to continue by; default: 20",
     "temperature": "with --predict: of words; 0 takes the likeliest; default: 1",
     "seed": "with --predict: of the words that are drawn; default: 42",
-}
-NUMBERS = {  # the options that are numbers, with an example that says of which kind and range
-    "workers": 1,
-    "length": 20,
-    "seed": 0,
-    "temperature": 1.0,
-    "learning_rate": 0.1,
-    "weight_decay": 0.1,
-    **ClassifierConfig.numbers(),
-    **PredictorConfig.numbers(),
-    **ForecasterConfig.numbers(),
+    "learning_rate": "of all models; default, or 0: each model's own",
+    "weight_decay": "of all models; default: each model's own on reviews, else 0",
 }
 
 
-def check_list(name, values, choices):
-    """The values of a list, in the order of `choices`; InputError if it is none, or empty."""
+def check_list(name, values, choices=()):
+    """The values of a list, each once, in the order of `choices` if there are any.
+
+    Raises InputError if it is no list, is empty, or holds anything but `choices`.
+    """
     found = {*values} if isinstance(values, Iterable) else {}
-    if not found or any(value not in choices for value in found):
-        raise InputError(f"{name} {values!r}: a list is needed, of {choices}")
-    return sorted(found, key=choices.index)
+    if not found or (choices and found - {*choices}):
+        raise InputError(f"{name} {values!r}: a list is needed, of {[*choices] or 'whole numbers'}")
+    return [choice for choice in choices or found if choice in found]
 
 
 def usable_cores():
@@ -3335,18 +3334,16 @@ def run(
     came to its end, or a process was killed), OSError.
     """
     # what cannot be used is said before anything else
-    tasks = check_list("tasks", tasks, list(TASKS))
-    models = check_list("models", models, list(CELLS))
+    tasks = check_list("tasks", tasks, TASKS)
+    models = check_list("models", models, CELLS)
     if seeds is None:
         seeds = DEFAULT_SEEDS[:1] if quick else DEFAULT_SEEDS
-    if not isinstance(seeds, Iterable) or not {*seeds}:
-        raise InputError(f"seeds {seeds!r}: a list of whole numbers is needed")
+    seeds = check_list("seeds", seeds)
     for seed in seeds:
         check_number("seeds", seed, 0)
-    seeds = sorted({*seeds})
+    seeds = sorted(seeds)
     check_number("learning_rate", learning_rate or 0.1, 0.1)
     check_number("weight_decay", weight_decay or 0.1, 0.1)
-    check_number("workers", 1 if workers is None else workers, 1)
     if tune and (report or learning_rate):
         raise InputError("--tune cannot go together with --report or --learning-rate")
     own = {}
@@ -3361,13 +3358,14 @@ def run(
             raise InputError(f"the name of a column goes with --{option} or --predict")
     config = configure(tasks, QUICK if quick else DEFAULT, own, settings)
     subfolder = "quick" if quick else "_".join(Path(data.name).stem for data in own.values())
-    folder = Path(output_dir or Path("outputs", subfolder))
+    folder = Path(output_dir or f"outputs/{subfolder}")
     if report:
         return make_report(folder)
 
     device = choose_device(device)
     if workers is None:
         workers = 1 if quick or device.type != "cpu" else usable_cores()
+    check_number("workers", workers, 1)
     rates = {}
     for task, model in product(config, models):
         # chosen on generated data, rates are none for a user's own
@@ -3377,7 +3375,8 @@ def run(
         decay = cell.weight_decays.get(task, 0.0) if weight_decay is None else weight_decay
         rates[task, model] = rate, decay
     experiment = Experiment(config, rates, seeds, folder, device, resume)
-    n_runs = len(tuning_runs(experiment)) + len(config) * len(seeds) * (1 + len(models))
+    # on each seed each task's baselines and each of its models
+    n_runs = len(tuning_runs(experiment)) + len(seeds) * (len(config) + len(rates))
     bar = tqdm(
         total=n_runs,
         disable=None,  # without a terminal there are the lines alone
@@ -3392,8 +3391,7 @@ def run(
             prepare_device(device)
             for task in config:
                 # before any training: what is wrong with the data is said now
-                data = load_data(task, config[task], seeds[0], device)
-                for note in data.notes:
+                for note in load_data(task, config[task], seeds[0], device).notes:
                     log(f"note: {note}")
             make_folder(experiment)
             failed = train_all(experiment, pool, bar)
@@ -3418,6 +3416,9 @@ def predict(
     """Print what a trained model says of a text or a file; raises InputError."""
     if others:
         raise InputError(f"{', '.join(others)}: cannot go together with --predict")
+    check_number("length", length, 1)
+    check_number("temperature", temperature, 1.0)
+    check_number("seed", seed, 0)
     model = load_checkpoint(checkpoint)
     notes = []
     text = source
@@ -3426,8 +3427,8 @@ def predict(
         text = read_text(source, notes)
     if isinstance(model, Forecaster):
         values = read_series(*parse_table(text), series_column, notes)
-        forecasts = model.predict(values, length)
-        answer = DataFrame({"step": range(1, length + 1), "value": forecasts}).to_csv(index=False)
+        forecasts = Series(model.predict(values, length), range(1, length + 1), name="value")
+        answer = forecasts.to_csv(index_label="step")
     elif isinstance(model, Predictor):
         words = model.predict(text).round(3).to_string()
         answer = f"{words}\n\n{model.continue_text(text, length, temperature, seed)}"
@@ -3435,7 +3436,7 @@ def predict(
         texts = text.splitlines()
         if kind and kind[1] != "txt":
             table, _ = parse_table(text)
-            texts = list(table[find_column(table, text_column, TEXT_COLUMNS, "text")])
+            texts = list(find_column(table, text_column, TEXT_COLUMNS, "text"))
         answer = model.predict(texts).round(3).assign(text=texts).to_csv(index=False)
     for note in notes:
         log(f"note: {note}")
@@ -3452,6 +3453,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def number(text):
+    """A whole number, or else one with a point or an exponent; raises ValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
 def parse_args(argv=None):
     """The options, as they were given: those that were not are absent; raises InputError."""
     parser = Parser(
@@ -3461,17 +3470,17 @@ def parse_args(argv=None):
         description=__doc__.partition("Where to begin")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    helps = HELP.copy()
+    helps = TEXT_OPTIONS | SWITCHES | NUMBER_OPTIONS
     for task, config in DEFAULT.items():
         for name, value in config.numbers().items():
             helps[name] = f"{helps.get(name, 'default:')} {task} {value}"
     for name, text in helps.items():
         flag = f"--{name.replace('_', '-')}"
-        if name in ("quick", "tune", "resume", "report"):
+        if name in SWITCHES:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
+            kind = str if name in TEXT_OPTIONS else number
             several = "+" if name in ("tasks", "models", "seeds") else None
-            kind = int if name == "seeds" else type(NUMBERS.get(name, ""))
             parser.add_argument(flag, type=kind, nargs=several, help=text)
     parser.add_argument(
         "--predict",
@@ -3482,17 +3491,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def follow(options):
-    """Do what the options say; returns the exit status."""
-    if "predict" not in options:
-        return 1 if run(**options).failed else 0
-    for name in options.keys() & NUMBERS:
-        check_number(name, options[name], NUMBERS[name])
-    files = options.pop("predict")
-    predict(*files, **options)
-    return 0
-
-
 def main(argv=None):
     """Run the command line `argv` (default: the program's own); returns the exit status."""
 
@@ -3501,7 +3499,12 @@ def main(argv=None):
 
     signal.signal(signal.SIGTERM, terminate)
     try:
-        return follow(vars(parse_args(argv)))
+        options = vars(parse_args(argv))
+        if "predict" not in options:
+            return 1 if run(**options).failed else 0
+        files = options.pop("predict")
+        predict(*files, **options)
+        return 0
     except SystemExit:  # --help
         return 0
     except (InputError, RunError, MemoryError, OSError) as error:

@@ -61,7 +61,12 @@ def test_the_tables_have_their_columns_and_agree(quick_run):
     assert ",".join(scores) == "task,name,kind,metric,mean,std,n"
     assert set(scores["metric"]) == {"accuracy", "loss", "mse", "mae"} and (scores["n"] == 2).all()
     names = scores[scores["kind"] != "model"].groupby("task")["name"].unique().map(set)
-    assert names["classifier"] == {"majority class", "naive Bayes", "Bayes decision"}
+    assert names["classifier"] == {
+        "majority class",
+        "naive Bayes",
+        "convolution",
+        "Bayes decision",
+    }
     text = {"unigram", "bigram", "trigram", "log-bilinear", "full state"}
     assert names["predictor"] == text
     series = {"persistence", "linear autoregression", "feed-forward", "exact filter"}
@@ -138,7 +143,7 @@ def made_up_fit(monkeypatch, losses):
     """Make `fit` return a history with the loss that `losses(rate, seed)` gives."""
     fitted = []
 
-    def fit(model, task, data, config, learning_rate, seed, on_epoch=None):
+    def fit(model, task, data, config, learning_rate, seed, weight_decay=0.0, on_epoch=None):
         loss = losses(learning_rate, seed)
         fitted.append((type(model).__name__, learning_rate, seed))
         if loss is None:

@@ -124,7 +124,7 @@ def test_what_is_commonly_said_holds_only_if_the_intervals_say_so():
     """Of three seeds: a gap that all share, one that falls, and one that they do not agree on."""
     rows = []
     for seed, (lstm, gru) in enumerate([(0.80, 0.74), (0.81, 0.76), (0.79, 0.77)]):
-        for model, share in (("RNN", 0.60), ("GRU", gru), ("LSTM", lstm)):
+        for model, share in (("RNN", 0.61), ("GRU", gru), ("LSTM", lstm)):
             run = {"task": "classifier", "model": model, "seed": seed, "test_accuracy": share}
             rows.append(run | {"ms_per_step": {"LSTM": 3.0, "GRU": 4.0 + seed / 2}.get(model, 1.0)})
     examples = examples_of({"RNN": 0.6}).assign(distance=0.0, effect=0.0)
@@ -132,5 +132,5 @@ def test_what_is_commonly_said_holds_only_if_the_intervals_say_so():
     found = rnn.common_claims(runs.drop(columns="far_effect"), examples).set_index("what")
     assert found["holds"]["test_accuracy"] == "yes, not decided"
     assert found["holds"]["ms_per_step"] == "no"
-    assert found["measured"]["test_accuracy"] == "0.6, 0.757, 0.8"
+    assert found["measured"]["test_accuracy"] == "0.61, 0.757, 0.8"
     assert found["holds"]["test_accuracy in %"] == "yes"

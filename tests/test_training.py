@@ -37,7 +37,11 @@ def scripted_fit(monkeypatch, data, losses, learning_rate=RATE, **changes):
 
 @pytest.mark.parametrize(
     ("losses", "changes"),
-    [([3, 2, 4, 2, 6], {"patience": 3, "lr_patience": 1, "epochs": 9}), ([3, 2, 4], {"epochs": 3})],
+    [
+        ([3, 2, 4, 2, 6], {"patience": 3, "lr_patience": 1, "epochs": 9}),
+        ([3, 2, 4, 4, 4, 4], {"patience": 2, "min_epochs": 4, "epochs": 9}),
+        ([3, 2, 4], {"epochs": 3}),
+    ],
 )
 def test_best_weights_are_restored_after_early_stopping_and_when_the_epochs_run_out(
     losses, changes, monkeypatch, data
@@ -49,11 +53,12 @@ def test_best_weights_are_restored_after_early_stopping_and_when_the_epochs_run_
     assert any(not torch.equal(value, weights[-1][name]) for name, value in found.items())
 
 
-def test_learning_rate_falls_on_a_plateau_and_is_recorded(monkeypatch, data):
-    changes = {"epochs": 8, "patience": 7, "lr_patience": 1}
+@pytest.mark.parametrize("min_epochs", [0, 3])
+def test_learning_rate_falls_on_a_plateau_and_is_recorded(min_epochs, monkeypatch, data):
+    changes = {"epochs": 8, "patience": 7, "lr_patience": 1, "min_epochs": min_epochs}
     history, *_ = scripted_fit(monkeypatch, data, [3] * 8, learning_rate=0.01, **changes)
-    rates = [0.01] * 3 + [0.005] * 2 + [0.0025] * 2 + [0.00125]
-    assert [row["learning_rate"] for row in history] == rates
+    rates = [0.01] * (3 + min_epochs) + [0.005] * 2 + [0.0025] * 2 + [0.00125]
+    assert [row["learning_rate"] for row in history] == rates[:8]
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5])
@@ -135,7 +140,7 @@ def test_training_learns_and_repeats(task, data):
     told = []
     for _ in range(2):
         model = new_model(task, "GRU", data)
-        fitted = rnn.fit(model, rnn.TASKS[task], data[task], config, rate, 0, told.append)
+        fitted = rnn.fit(model, rnn.TASKS[task], data[task], config, rate, 0, on_epoch=told.append)
         histories.append(fitted)
     assert told == histories[0] + histories[1], "each epoch is told of as it ends"
     losses = [[row["train_loss"] for row in history] for history in histories]
