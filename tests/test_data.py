@@ -138,15 +138,6 @@ def baselines_of(task, data, **changes):
     return rnn.TASKS[task].baselines(rnn.TASKS[task], data, config, 0)
 
 
-def test_ngram_probabilities_sum_to_one():
-    ids = rnn.random_generator(0, "test").integers(1, 8, 200).tolist()
-    asked = [(1, 2), (7, 7), (9, 9)]
-    probabilities = rnn.ngram_model(ids, asked, 10)
-    for context in (*asked, (2,), (), (9,)):  # 9 was never seen
-        assert probabilities(context).shape == (10,)
-        assert probabilities(context).sum() == pytest.approx(1)
-
-
 def test_ngram_probabilities_are_witten_bells():
     probabilities = rnn.ngram_model([2, 3, 2, 4, 2, 3], [(2,)], 5)
     unigram = (2 + 3 / 5) / (6 + 3)  # of word 3: twice among 6, 3 different words
@@ -259,24 +250,6 @@ def test_the_exact_filter_is_bayes_rule_summed_over_every_path():
             weight *= other_weight * np.exp(-0.5 * np.sum(((window - values[:3]) / 0.7) ** 2))
             total, weighted = total + weight, weighted + weight * values[3]
         assert forecast == pytest.approx(weighted / total, abs=1e-5)
-
-
-def test_the_window_matters_to_the_exact_filter_and_its_settings_are_the_true_ones():
-    config = rnn.ForecasterConfig(n_steps=12_000)
-    data = rnn.build_series(config, 3)
-    best = data.ceilings()["exact filter"]["loss"].mean() * data.unit**2
-    assert config.noise**2 < best < 2 * config.noise**2
-    mean = data.preprocessing["scaler"]["mean"]
-    windows = data.test.inputs[::8, :, 0].double().numpy() * data.unit + mean
-    truth = data.test.targets[::8, 0].double().numpy() * data.unit + mean
-
-    def error(windows, config):
-        return np.mean((rnn.best_forecasts(windows, config) - truth) ** 2)
-
-    assert error(windows[:, -8:], config) > 1.1 * error(windows[:, -16:], config)
-    assert error(windows[:, -16:], config) > 1.02 * error(windows[:, -32:], config)
-    for wrong in ({"switch_rate": 0.002}, {"switch_rate": 0.05}, {"noise": 0.1}, {"noise": 0.6}):
-        assert error(windows, replace(config, **wrong)) > error(windows, config), wrong
 
 
 def test_no_ceiling_is_beaten_by_a_baseline():

@@ -121,7 +121,7 @@ def device():
 
 def record_of(run, device, folder):
     """Do a run on a device; returns its record, without what must differ."""
-    experiment = rnn.Experiment(CONFIG, {run[:2]: 0.01}, [0], folder, device)
+    experiment = rnn.Experiment(CONFIG, {run[:2]: (0.01, 0.0)}, [0], folder, device)
     rnn.make_folder(experiment)
     rnn.train_run(run, experiment)
     record = json.loads((folder / f"runs/{run}.json").read_text())
@@ -147,7 +147,7 @@ def same_numbers(found, expected):
 def test_a_run_elsewhere_is_the_run_on_the_cpu_and_no_step_waits(
     task, model, device, tmp_path, monkeypatch
 ):
-    run = rnn.Run(task, model, 0, 0.01)
+    run = rnn.Run(task, model, 0, 0.01, 0.0)
     waits_by_step = []
     train_step = rnn.train_step
 

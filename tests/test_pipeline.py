@@ -61,12 +61,8 @@ def test_the_tables_have_their_columns_and_agree(quick_run):
     assert ",".join(scores) == "task,name,kind,metric,mean,std,n"
     assert set(scores["metric"]) == {"accuracy", "loss", "mse", "mae"} and (scores["n"] == 2).all()
     names = scores[scores["kind"] != "model"].groupby("task")["name"].unique().map(set)
-    assert names["classifier"] == {
-        "majority class",
-        "naive Bayes",
-        "convolution",
-        "Bayes decision",
-    }
+    expected = {"majority class", "naive Bayes", "convolution", "Bayes decision"}
+    assert names["classifier"] == expected
     text = {"unigram", "bigram", "trigram", "log-bilinear", "full state"}
     assert names["predictor"] == text
     series = {"persistence", "linear autoregression", "feed-forward", "exact filter"}

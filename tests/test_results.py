@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 import pytorch_rnn_models as rnn
-from conftest import table
 
 STUDENT = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262}  # 97.5 % quantiles, from any table
 
