@@ -129,7 +129,8 @@ def test_too_few_data_are_refused(build, message):
 
 def data_of(*splits, **preprocessing):
     """The data that baselines are given: three splits."""
-    return rnn.TaskData(*splits, {}, preprocessing, None, None)
+    sizes = {"vocab_size": len(preprocessing.get("vocabulary", "")), "output_dim": 1}
+    return rnn.TaskData(*splits, sizes, preprocessing, None, None)
 
 
 def baselines_of(task, data, **changes):
@@ -177,7 +178,6 @@ def test_naive_bayes_is_what_the_textbook_computes():
     train = rnn.ReviewDataset([[2, 3], [2, 4], [5, 3], [5, 4, 4]], [1, 1, 0, 0])
     test = rnn.ReviewDataset([[2, 3, 4], [5]], [1, 0])
     data = data_of(train, train, test, vocabulary=range(6), labels=["no", "yes"])
-    data = replace(data, sizes={"vocab_size": 6, "output_dim": 1})
     answers = baselines_of("classifier", data)
     assert answers["majority class"]["loss"].tolist() == pytest.approx([np.log(2)] * 2)
     found = answers["naive Bayes"]
@@ -199,7 +199,6 @@ def test_the_convolution_sees_the_order_of_neighbouring_words_wherever_they_stan
         review[place : place + 2] = (2, 3) if label else (3, 2)
     dataset = rnn.ReviewDataset(reviews.tolist(), labels)
     data = data_of(dataset, dataset, dataset, vocabulary=range(9), labels=["no", "yes"])
-    data = replace(data, sizes={"vocab_size": 9, "output_dim": 1})
     answers = baselines_of("classifier", data, epochs=30)
     scores = {name: (each["answer"] == labels).mean() for name, each in answers.items()}
     assert scores["convolution"] > 0.99 and scores["naive Bayes"] < 0.65
