@@ -82,9 +82,7 @@ def test_of_an_error_the_lower_is_better():
     [
         (0.0392, 0.0048, "0.0392 ± 0.0048"),
         (76.14, 1.23, "76.1 ± 1.2"),
-        (324601.0, 86339.0, "324601 ± 86339"),
         (0.123456, math.nan, "0.123"),
-        (5.0, 0.0, "5.00"),
     ],
 )
 def test_a_number_has_two_digits_of_its_spread(mean, std, shown):
