@@ -2141,8 +2141,9 @@ class Experiment(NamedTuple):
     resume: bool = False
 
 
+@lru_cache(maxsize=1)
 def load_data(task, config, seed, device):
-    """A seed's data, made anew for each run; raises InputError, which names the user's file."""
+    """A seed's data, kept for the next run of this process; InputError names the user's file."""
     own = config.own
     try:
         data = TASKS[task].build_data(config, seed, device)
