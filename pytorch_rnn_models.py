@@ -110,8 +110,8 @@ CELLS = {
     "RNN": Cell(
         nn.RNN,
         "#D55E00",
-        {"classifier": 1e-3, "predictor": 3e-3, "forecaster": 3e-3},
-        {"classifier": 1e-3},
+        {"classifier": 3e-3, "predictor": 3e-3, "forecaster": 3e-3},
+        {"classifier": 1e-4},
     ),
     "LSTM": Cell(
         nn.LSTM,
