@@ -195,8 +195,8 @@ class TaskConfig:
         return {name: value for name, value in defaults.items() if isinstance(value, (int, float))}
 
     def batch_size_for(self, n_examples):
-        """A twentieth of the examples, at least 16, at most `batch_size`: so that few data, too, make
-        many updates.
+        """A twentieth of the examples, at least 16, at most `batch_size`: few data, too, make many
+        updates.
         """
         return min(self.batch_size, max(16, n_examples // 20))
 
@@ -1076,8 +1076,9 @@ class Classifier(SequenceModel):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embed_dim, padding_idx=0)
         weight = self.embedding.weight.detach()
-        # small, so that rare words, which training hardly moves, say little; at 0.1 an LSTM often
-        # needed six epochs to begin to learn, at 1 a vanilla RNN lost
+        # small, so that rare words, which training hardly moves, say little; the three of 13 LSTMs
+        # that needed five to seven epochs to begin at 0.1 needed two or three at this, and at 1 a
+        # vanilla RNN lost
         weight.normal_(std=0.3)
         weight[0] = 0.0
         self.add_recurrent(embed_dim, hidden_dim, n_layers, dropout)
@@ -1184,7 +1185,9 @@ class Forecaster(SequenceModel):
         values = np.array(values, dtype=float)
         if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise InputError("a series must hold one or more finite values, in one dimension")
-        mean, std = self.preprocessing["scaler"].values()
+        scaler = self.preprocessing["scaler"]
+        mean = scaler["mean"]
+        std = scaler["std"]
         scaled = (values[-self.preprocessing["window"] :] - mean) / std
         # in the type and on the device of the weights
         windows = next(self.parameters()).new_tensor(scaled)[None, :, None]  # (1, T, 1)
@@ -1711,7 +1714,9 @@ def build_reviews(config, seed, device=CPU):
     table = table.assign(words=[tuple(tokenize(text, WORDS)) for text in table["text"]])
     table = table[table["words"].map(bool)].astype({"label": "category"})
     n_double = (table.groupby("words")["label"].nunique() > 1).sum()
-    note = f"{n_double:,} texts stand there with two labels; the first was taken"
+    notes = []
+    if n_double:
+        notes.append(f"{n_double:,} texts stand there with two labels; the first was taken")
     table = table.drop_duplicates("words")  # the splits would share them
     if config.own:
         table = table.loc[dealt_by_label(table["label"], rng)]
@@ -1753,7 +1758,7 @@ def build_reviews(config, seed, device=CPU):
         spell=partial(np.take, names),
         change=change,
         ceilings=ceilings.copy,
-        notes=[note] if n_double else [],
+        notes=notes,
     )
 
 
@@ -1777,7 +1782,9 @@ def build_corpus(config, seed, device=CPU):
     ]
     test = splits[2]
     unknown = (test.targets == 1).float().mean().item()
-    note = f"{unknown:.0%} of the words of the test part are unknown or rare in training"
+    notes = []
+    if unknown > 0.3:
+        notes.append(f"{unknown:.0%} of the words of the test part are unknown or rare in training")
 
     targets = range(parts[2].start + window, len(words), test.stride)  # of the test windows
     examples = DataFrame(
@@ -1812,7 +1819,7 @@ def build_corpus(config, seed, device=CPU):
         spell=partial(np.take, list(vocabulary)),
         change=change,
         ceilings=ceilings.copy,
-        notes=[note] if unknown > 0.3 else [],
+        notes=notes,
     )
 
 
@@ -1826,7 +1833,11 @@ def build_series(config, seed, device=CPU):
     table = config.own.table if config.own else generate_series(config, rng)
     values = np.array(table["value"], float)
     window = min(config.window, max(12, len(values) // 10))
-    note = f"{len(values):,} values are few: windows of {window} steps in place of {config.window}"
+    notes = []
+    if window < config.window:
+        notes.append(
+            f"{len(values):,} values are few: windows of {window} steps in place of {config.window}"
+        )
 
     # before windows: no target is shared
     parts = three_parts(len(values), 36, "values", window)
@@ -1878,7 +1889,7 @@ def build_series(config, seed, device=CPU):
         change=Change(range(len(test)), test, shifted),
         spell=lambda answers: values[targets - 1] + unit * answers,
         ceilings=dict if config.own else ceilings,
-        notes=[note] if window < config.window else [],
+        notes=notes,
         unit=unit,
     )
 
