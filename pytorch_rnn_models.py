@@ -2120,6 +2120,10 @@ def effect_of_change(model, task, change):
 # Here `run` is a Run, `experiment` an Experiment, `folder` the Path of the output folder.
 
 BASELINES = "baselines"  # stands for a model where there is none to compare
+# torchrun starts the same command several times, here and on other machines; each is a rank
+IS_RANK = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if IS_RANK else 0
+N_RANKS = int(os.environ["WORLD_SIZE"]) if IS_RANK else 1
 
 
 class Run(NamedTuple):
@@ -2172,7 +2176,7 @@ def log(text):
 
 def write_whole(path, content):
     """Write text or bytes so that the file is whole or absent; raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{RANK}.tmp")
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
     try:
@@ -2249,6 +2253,7 @@ def trained_model(run, experiment, config, data):
     score = task.score_name
 
     def log_epoch(row):
+        all_set()  # ends this run if another rank has stopped
         log(
             f"{run}  epoch {row['epoch']:2d}  train/val loss {row['train_loss']:.4g}/"
             f"{row['validation_loss']:.4g} {score} {row[f'train_{score}']:.4g}/"
@@ -2362,6 +2367,41 @@ def make_folder(experiment):
                 )
 
 
+# --- several machines -----------------------------------------------------------------
+
+
+@lru_cache
+def rank_store():
+    """The keys that torchrun keeps for all ranks."""
+    return next(torch.distributed.rendezvous("env://"))[0]
+
+
+def stop_ranks():
+    """Make the other ranks stop; returns whether this one is the first to ask for it."""
+    with suppress(RuntimeError):  # the keys have gone with the machine that kept them
+        return N_RANKS == 1 or rank_store().add("stopped", 1) == 1
+
+
+def all_set(*keys):
+    """Whether all ranks have set their key; raises KeyboardInterrupt if one asks to stop."""
+    if N_RANKS == 1:
+        return True
+    try:
+        if rank_store().check(["stopped"]):
+            raise KeyboardInterrupt
+        return rank_store().check(keys)
+    except RuntimeError as error:
+        raise KeyboardInterrupt from error
+
+
+def wait_for_ranks(step):
+    """Wait until all ranks have come to this step."""
+    if N_RANKS > 1:
+        rank_store().set(f"{step} {RANK}", "")
+    while not all_set(*(f"{step} {rank}" for rank in range(N_RANKS))):
+        time.sleep(0.1)
+
+
 # --- many runs ------------------------------------------------------------------------
 # Which process does a run, and when, changes no number.
 
@@ -2416,15 +2456,15 @@ def started_runs(runs, experiment, pool, bar):
 
 
 def train_runs(runs, experiment, pool, bar):
-    """Do the runs, when resuming those that are not finished; returns how many failed.
+    """Do this rank's share of the runs, when resuming those that are not finished.
 
     A run that diverges, or needs more memory than the GPU has, costs the others nothing; other
     errors are raised.
     """
+    runs = runs[RANK::N_RANKS]
     rest = [run for run in runs if not (experiment.resume and finished(run, experiment))]
     done = len(runs) - len(rest)
     bar.update(done)
-    failed = 0
     for n, (run, finish) in enumerate(started_runs(rest, experiment, pool, bar), done + 1):
         try:
             finish()
@@ -2435,10 +2475,8 @@ def train_runs(runs, experiment, pool, bar):
                 "rest"
             ) from error
         except (Diverged, MemoryError, torch.OutOfMemoryError) as error:
-            failed += 1
             log(f"failed: {run}: {first_line(error)}")
         bar.update()
-    return failed
 
 
 def tuning_runs(experiment):
@@ -2471,19 +2509,25 @@ def chosen_rates(runs, folder):
 
 def train_all(experiment, pool, bar):
     """Choose the learning rates where that is asked for, then train; returns how many failed."""
+    folder = experiment.folder
     rates = experiment.rates
     tuning = tuning_runs(experiment)
     if tuning:
         train_runs(tuning, experiment, pool, bar)
-        rates = rates | chosen_rates(tuning, experiment.folder)
+        wait_for_ranks(f"{folder}: tuned")
+        rates = rates | chosen_rates(tuning, folder)
     runs = []
     for task, seed in product(experiment.config, experiment.seeds):
         runs.append(Run(task, BASELINES, seed))  # first, for they hold the test examples
         runs += [Run(*key, seed, *pair) for key, pair in rates.items() if key[0] == task]
-    present = sum((experiment.folder / f"runs/{run}.json").exists() for run in runs)
-    if present and not experiment.resume:
+    records = [folder / f"runs/{run}.json" for run in runs]
+    present = sum(record.exists() for record in records)
+    if present and not experiment.resume and RANK == 0:
         log(f"{present} finished runs are trained again; --resume would keep them")
-    return train_runs(runs, experiment, pool, bar)
+    wait_for_ranks(f"{folder}: checked")
+    train_runs(runs, experiment, pool, bar)
+    wait_for_ranks(f"{folder}: trained")
+    return sum(not record.exists() for record in records)
 
 
 # ======================================================================================
@@ -3297,6 +3341,8 @@ def choose_device(name):
     """The device of that name, if it is usable; "auto" is CUDA, or else the CPU; InputError."""
     if name == "auto":
         name = "cuda" if is_usable("cuda") else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # among the ranks of this machine
     if not is_usable(name):
         raise InputError(f"device {name!r}: there is none here that works; choose another, or auto")
     return torch.device(name)
@@ -3385,7 +3431,8 @@ def run(
 
     device = choose_device(device)
     if workers is None:
-        workers = 1 if quick or device.type != "cpu" else usable_cores()
+        one = quick or N_RANKS > 1 or device.type != "cpu"
+        workers = 1 if one else usable_cores()
     check_number("workers", workers, 1)
     rates = {}
     for task, model in product(config, models):
@@ -3400,7 +3447,8 @@ def run(
     n_runs = len(tuning_runs(experiment)) + len(seeds) * (len(config) + len(rates))
     bar = tqdm(
         total=n_runs,
-        disable=None,  # without a terminal there are the lines alone
+        # without a terminal, and with other ranks, there are the lines alone
+        disable=None if N_RANKS == 1 else True,
         leave=False,
         dynamic_ncols=True,
         smoothing=0,
@@ -3412,12 +3460,15 @@ def run(
             prepare_device(device)
             for task in config:
                 # before any training: what is wrong with the data is said now
-                for note in load_data(task, config[task], seeds[0], device).notes:
+                notes = load_data(task, config[task], seeds[0], device).notes
+                for note in notes if RANK == 0 else ():
                     log(f"note: {note}")
             make_folder(experiment)
             failed = train_all(experiment, pool, bar)
     finally:
         torch.set_num_threads(threads)
+    if RANK:
+        raise SystemExit  # rank 0 makes the report
     return make_report(folder, failed)
 
 
@@ -3526,7 +3577,7 @@ def main(argv=None):
         files = options.pop("predict")
         predict(*files, **options)
         return 0
-    except SystemExit:  # --help
+    except SystemExit:  # after --help, and of all ranks but 0
         return 0
     except (InputError, RunError, MemoryError, OSError) as error:
         status = 2 if isinstance(error, InputError) else 1
@@ -3534,7 +3585,13 @@ def main(argv=None):
     except KeyboardInterrupt as stopped:
         status = 143 if stopped.args else 130  # of SIGTERM, or Ctrl-C
         message = "interrupted; finished runs are kept: --resume does the rest, --report shows them"
-    log(f"pytorch_rnn_models.py: {message:.300}")
+    except Exception:
+        stop_ranks()
+        raise
+    # before torchrun starts ranks again, it ends those beside them by SIGTERM
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if (status == 143 and restarts) or stop_ranks():
+        log(f"pytorch_rnn_models.py: {message:.300}")
     return status
 
 
