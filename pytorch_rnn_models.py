@@ -56,7 +56,7 @@ import unicodedata
 import warnings
 import zipfile
 from base64 import b64encode
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -92,15 +92,14 @@ class InputError(ValueError):
     """What was given cannot be used; the message says what was found and what would be right."""
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A recurrent cell; one more is a record here and a class per task that names it."""
 
     layer: Callable  # a class of PyTorch's recurrent layers, or one that is called like them
     colour: str  # in all figures; these are safe for colour-blind readers (Okabe & Ito 2008)
     learning_rates: Mapping  # Adam's at the start, by task
     # by task, else 0: pulls back embeddings of rare words, which memorise
-    weight_decays: Mapping = field(default_factory=dict)
+    weight_decays: Mapping = {"classifier": 1e-4}
     start: Callable | None = None  # fills the recurrent weights; else each task has its own
 
 
@@ -111,19 +110,16 @@ CELLS = {
         nn.RNN,
         "#D55E00",
         {"classifier": 3e-3, "predictor": 3e-3, "forecaster": 3e-3},
-        {"classifier": 1e-4},
     ),
     "LSTM": Cell(
         nn.LSTM,
         "#0072B2",
         {"classifier": 1e-2, "predictor": 3e-3, "forecaster": 1e-2},
-        {"classifier": 1e-4},
     ),
     "GRU": Cell(
         nn.GRU,
         "#009E73",
         {"classifier": 1e-2, "predictor": 1e-3, "forecaster": 1e-2},
-        {"classifier": 1e-4},
     ),
     # the control: no gates, but units and a start that keep what is there (Le et al. 2015)
     "IRNN": Cell(
@@ -149,7 +145,7 @@ def check_number(name, value, default):
     kind = Integral if is_whole else Real
     least = 1 if is_whole and default else 0
     most = 1e15 if is_whole or default >= 1 else 0.999
-    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:
+    if not isinstance(value, kind) or not least <= value <= most:
         what = "a whole number" if is_whole else "a number"
         raise InputError(f"{name} {value!r}: it must be {what} from {least} to {most:g}")
 
@@ -188,11 +184,10 @@ class TaskConfig:
     min_epochs: int = 0  # patience and lr_patience count from this epoch on
     clip_norm: float = 1.0  # larger gradients are scaled down to this norm
 
-    @classmethod
-    def numbers(cls):
-        """The defaults of the settings that are numbers, by name."""
-        defaults = {name: getattr(cls, name) for name in cls.__dataclass_fields__}
-        return {name: value for name, value in defaults.items() if isinstance(value, (int, float))}
+    def numbers(self):
+        """The settings that are numbers, by name."""
+        settings = vars(self).items()
+        return {name: value for name, value in settings if isinstance(value, (int, float))}
 
     def batch_size_for(self, n_examples):
         """A twentieth of the examples, at least 16, at most `batch_size`: few data, too, make many
@@ -342,15 +337,11 @@ class ReviewDataset(SequenceDataset):
 
 
 class CorpusDataset(SequenceDataset):
-    """Windows of a text, or at most `most` evenly spaced ones, and the word after each.
+    """Every `stride`-th window of a text and the word after it: (N, T) and (N,), long views."""
 
-    Inputs (N, T) and targets (N,) are long, and views of the text.
-    """
-
-    def __init__(self, ids, window, most=sys.maxsize, device=CPU):
-        self.stride = math.ceil((len(ids) - window) / most)
+    def __init__(self, ids, window, stride=1, device=CPU):
         text = torch.as_tensor(ids, dtype=torch.long, device=device)
-        rows = text.unfold(0, window + 1, self.stride)  # (N, T + 1)
+        rows = text.unfold(0, window + 1, stride)  # (N, T + 1)
         super().__init__(rows[:, :-1], rows[:, -1])
 
 
@@ -764,7 +755,7 @@ def best_forecasts(windows, config):
             belief /= belief.sum(dim=(1, 2), keepdim=True)
             belief = moves[0].T @ belief @ moves[1]
         forecasts.append((belief * value).sum(dim=(1, 2)))
-    return torch.cat(forecasts).numpy()
+    return torch.cat(forecasts)
 
 
 # ======================================================================================
@@ -1355,7 +1346,7 @@ def train_step(model, task, optimizer, batch, config):
         # over B, not b: the gradients of the micro-batches add up to that of the batch's mean
         (loss.sum() / len(targets)).backward()
         losses.append(loss.detach())
-        scores.append(task.score(output.detach(), y))
+        scores.append(task.score(task.answer(output.detach()), y))
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()
     return torch.stack([torch.cat(losses).mean(), torch.cat(scores).mean(), norm])
@@ -1365,14 +1356,18 @@ def train_step(model, task, optimizer, batch, config):
 def evaluate(model, task, dataset, batch_size=128):
     """A row per example of a dataset: the model's `answer`, its `loss` and `score`."""
     model.eval()
-    measures = {"loss": task.loss, "score": task.score, "answer": task.answer}
     parts = []
     # batches of similar length: little padding
     for rows in dataset.lengths.argsort(stable=True).split(batch_size):
         inputs, target = dataset[rows]
         output = model(inputs)
-        answers = {name: measure(output, target).cpu() for name, measure in measures.items()}
-        parts.append(DataFrame(answers, index=rows.numpy()))
+        answer = task.answer(output)
+        measured = {
+            "loss": task.loss(output, target).cpu(),
+            "score": task.score(answer, target).cpu(),
+            "answer": answer.cpu(),
+        }
+        parts.append(DataFrame(measured, index=rows.numpy()))
     return pd.concat(parts).sort_index()
 
 
@@ -1467,7 +1462,6 @@ def label_answers(logits, labels):
 
 def value_answers(forecasts, test):
     """The table of a baseline with `forecasts` (N,); answers count from the window's last value."""
-    forecasts = torch.as_tensor(forecasts)
     answer = forecasts - test.inputs[:, -1, 0]
     loss = (forecasts - test.targets[:, 0]).square()
     return DataFrame({"answer": answer, "loss": loss})
@@ -1479,31 +1473,36 @@ def without_recurrence(network, task, data, config, learning_rate, seed, weight_
     return evaluate(network, task, data.test)
 
 
-class Convolution(nn.Module):
-    """A label without recurrence: of each filter over five words the strongest response counts,
-    wherever in the text it stands (Kim 2014).
+class Recency(nn.Module):
+    """A label without recurrence: the mean response of 50 filters over five words. A place in the
+    text weighs the more, the higher its score, which is one filter more, and the nearer the end it
+    is, by a learned slope.
     """
 
-    def __init__(self, vocab_size, embed_dim, output_dim, n_filters=50):
+    def __init__(self, vocab_size, embed_dim, output_dim):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embed_dim, padding_idx=0)
-        # without a bias padding gives 0, and no response is weaker
-        self.filters = nn.Conv1d(embed_dim, n_filters, kernel_size=5, padding=4, bias=False)
-        self.head = probability_head(n_filters, output_dim)
+        self.embedding.weight.detach().mul_(0.3)  # as in `Classifier`
+        self.filters = nn.Conv1d(embed_dim, 51, kernel_size=5, padding=2)
+        self.slope = nn.Parameter(torch.tensor(0.1))
+        self.head = probability_head(50, output_dim)
 
     def forward(self, ids):
-        words = self.embedding(ids).transpose(1, 2)  # (B, T) -> (B, E, T)
-        return self.head(self.filters(words).relu().amax(dim=2))  # -> (B, 50) -> (B, K)
+        is_word = ids[:, None] > 0  # (B, 1, T)
+        responses = self.filters(self.embedding(ids).transpose(1, 2))  # (B, E, T) -> (B, 51, T)
+        # places are counted from the start: a softmax is the same for all origins
+        scores = responses[:, :1] + self.slope * is_word.cumsum(dim=2)
+        weights = scores.masked_fill(~is_word, -1e9).softmax(dim=2)  # (B, 1, T)
+        return self.head((weights * responses[:, 1:].relu()).sum(dim=2))  # -> (B, 50) -> (B, K)
 
 
 def review_baselines(task, data, config, seed):
     """The majority class, multinomial naive Bayes on words (Manning, Raghavan & Schuetze 2008,
-    ch. 13), and a convolution.
+    ch. 13), and a network that goes by recency, trained as the others are.
 
     How many words at the end of a text naive Bayes counts, and the temperature by which it divides
     the log odds (Guo et al. 2017), are those of the lowest loss on the validation part.
     """
-    vocab_size = len(data.preprocessing["vocabulary"])
     n_labels = len(data.preprocessing["labels"])
     splits = (data.train, data.validation, data.test)
     learnt, known, truth = (split.targets[:, 0].long() for split in splits)  # (N,)
@@ -1516,9 +1515,8 @@ def review_baselines(task, data, config, seed):
             words_after = split.lengths[:, None] - 1 - torch.arange(split.inputs.shape[1])
             ends.append(split.inputs.where(words_after < last, 0))
         # how often each word occurs under each label, plus one
-        pairs = ends[0] * n_labels + learnt[:, None]
-        counts = pairs.flatten().bincount(minlength=vocab_size * n_labels) + 1.0
-        counts = counts.view(vocab_size, n_labels)
+        counts = torch.ones(data.sizes["vocab_size"], n_labels)
+        counts.index_put_((ends[0], learnt[:, None]), torch.tensor(1.0), accumulate=True)
         weights = (counts / counts[1:].sum(dim=0)).log()
         weights[0] = 0.0  # padding
         log_odds, tested = (prior + weights[words].sum(dim=1) for words in ends[1:])
@@ -1528,25 +1526,23 @@ def review_baselines(task, data, config, seed):
                 lowest = loss
                 baselines["naive Bayes"] = label_answers(tested / temperature, truth)
     seed_torch(seed, "weights")
-    network = Convolution(embed_dim=config.embed_dim, **data.sizes)
-    trained = without_recurrence(network, task, data, config, 3e-3, seed, 1e-4)
-    return {**baselines, "convolution": trained}
+    network = Recency(embed_dim=config.embed_dim, **data.sizes)
+    baselines["recency network"] = without_recurrence(network, task, data, config, 1e-2, seed, 1e-4)
+    return baselines
 
 
-def ngram_model(ids, contexts, vocab_size):
+def ngram_model(ids, vocab_size):
     """Interpolated trigrams that back off by Witten-Bell smoothing (Chen & Goodman 1999, eq. 15).
 
     Returns a function: context -> P(word | context) of each word (V,). Contexts are tuples of up
-    to two words. Only `contexts` and the shorter ones in them are counted: all those of a long
-    text would fill the memory.
+    to two words.
     """
-    followers = {context[i:]: Counter() for context in contexts for i in range(len(context) + 1)}
+    followers = defaultdict(Counter)  # by context
     for n in range(3):
         for *context, word in zip(*(ids[i:] for i in range(n + 1))):
-            if tuple(context) in followers:
-                followers[tuple(context)][word] += 1
+            followers[tuple(context)][word] += 1
 
-    @lru_cache(maxsize=1000)
+    @lru_cache
     def probabilities(context):
         # every order is mixed with the lower ones, down to the uniform distribution
         lower = probabilities(context[1:]) if context else np.full(vocab_size, 1 / vocab_size)
@@ -1577,10 +1573,10 @@ class LogBilinear(nn.Module):
 
 def corpus_baselines(task, data, config, seed):
     """Unigram, bigram and trigram, and a log-bilinear model trained as the others are."""
-    vocab_size = len(data.preprocessing["vocabulary"])
-    ids = [*data.train.inputs[0].tolist(), *data.train.targets.tolist()]  # the text
+    vocab_size = data.sizes["vocab_size"]
+    ids = data.train.inputs[0].tolist() + data.train.targets.tolist()  # the text
     last_two = data.test.inputs[:, -2:].tolist()
-    probabilities = ngram_model(ids, set(map(tuple, last_two)), vocab_size)
+    probabilities = ngram_model(ids, vocab_size)
     baselines = {}
     for n, name in enumerate(("unigram", "bigram", "trigram")):
         rows = []
@@ -1592,26 +1588,8 @@ def corpus_baselines(task, data, config, seed):
 
     seed_torch(seed, "weights")
     network = LogBilinear(vocab_size, config.embed_dim, config.window)
-    trained = without_recurrence(network, task, data, config, 1e-3, seed)
-    return {**baselines, "log-bilinear": trained}
-
-
-class FeedForward(nn.Module):
-    """The next value without recurrence: two hidden layers on the window."""
-
-    def __init__(self, window, hidden_dim):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(window, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, 1),
-        )
-
-    def forward(self, windows):
-        return self.layers(windows)  # (B, T, 1) -> (B, 1)
+    baselines["log-bilinear"] = without_recurrence(network, task, data, config, 1e-3, seed)
+    return baselines
 
 
 def series_baselines(task, data, config, seed):
@@ -1635,9 +1613,16 @@ def series_baselines(task, data, config, seed):
     forecasts["linear autoregression"] = windows.double() @ weights[:-1] + weights[-1]
     baselines = {name: value_answers(values, data.test) for name, values in forecasts.items()}
     seed_torch(seed, "weights")
-    network = FeedForward(window, 128)
-    trained = without_recurrence(network, task, data, config, 3e-3, seed)
-    return {**baselines, "feed-forward": trained}
+    network = nn.Sequential(
+        nn.Flatten(),  # (B, T, 1) -> (B, T)
+        nn.Linear(window, 128),
+        nn.ReLU(),
+        nn.Linear(128, 128),
+        nn.ReLU(),
+        nn.Linear(128, 1),
+    )
+    baselines["feed-forward"] = without_recurrence(network, task, data, config, 3e-3, seed)
+    return baselines
 
 
 # ======================================================================================
@@ -1681,7 +1666,7 @@ class TaskData:
 def dealt_by_label(labels, rng):
     """The index of `labels` in a random order in which every stretch holds its share of each."""
     shuffled = labels.iloc[rng.permutation(len(labels))]
-    by_label = shuffled.groupby(shuffled, observed=True)
+    by_label = shuffled.groupby(shuffled)
     # the i-th of n examples of a label comes at (i + 0.5) / n of the way
     places = (by_label.cumcount() + 0.5) / by_label.transform("size")
     return places.sort_values(kind="stable").index
@@ -1712,7 +1697,7 @@ def build_reviews(config, seed, device=CPU):
     rng = random_generator(seed, "reviews")
     table = config.own.table if config.own else generate_reviews(config, rng)
     table = table.assign(words=[tuple(tokenize(text, WORDS)) for text in table["text"]])
-    table = table[table["words"].map(bool)].astype({"label": "category"})
+    table = table[table["words"].map(bool)]
     n_double = (table.groupby("words")["label"].nunique() > 1).sum()
     notes = []
     if n_double:
@@ -1725,9 +1710,7 @@ def build_reviews(config, seed, device=CPU):
     words = table["words"].str[-config.max_words :]
     vocabulary = fit_vocabulary(words.iloc[parts[0]].explode(), config.vocab_size)
     ids = [encode(review, vocabulary) for review in words]
-    coded = table["label"].cat
-    labels = coded.codes.to_numpy(int)
-    names = coded.categories.tolist()
+    labels, names = pd.factorize(table["label"], sort=True)
     splits = [ReviewDataset(ids[part], labels[part], device) for part in parts]
 
     tested = table.iloc[parts[2]].reset_index(drop=True).rename(columns={"label": "truth"})
@@ -1751,11 +1734,11 @@ def build_reviews(config, seed, device=CPU):
         sizes={"vocab_size": len(vocabulary), "output_dim": len(names) if len(names) > 2 else 1},
         preprocessing={
             "vocabulary": list(vocabulary),
-            "labels": names,
+            "labels": list(names),
             "max_words": config.max_words,
         },
         examples=tested.filter(["truth", "text", "distance"]),
-        spell=partial(np.take, names),
+        spell=names.take,
         change=change,
         ceilings=ceilings.copy,
         notes=notes,
@@ -1775,10 +1758,11 @@ def build_corpus(config, seed, device=CPU):
     parts = three_parts(len(words), 8 * (window + 1), "words", window)
     vocabulary = fit_vocabulary(words[parts[0]], config.vocab_size)
     ids = encode(words, vocabulary)
+    # all windows are trained on, but not all of a long text are tested
+    sparse = math.ceil(0.15 * len(words) / MOST_WINDOWS)
     splits = [
-        CorpusDataset(ids[part], window, most, device)
-        # all windows are trained on
-        for part, most in zip(parts, (sys.maxsize, MOST_WINDOWS, MOST_WINDOWS))
+        CorpusDataset(ids[part], window, every, device)
+        for part, every in zip(parts, (1, sparse, sparse))
     ]
     test = splits[2]
     unknown = (test.targets == 1).float().mean().item()
@@ -1786,7 +1770,7 @@ def build_corpus(config, seed, device=CPU):
     if unknown > 0.3:
         notes.append(f"{unknown:.0%} of the words of the test part are unknown or rare in training")
 
-    targets = range(parts[2].start + window, len(words), test.stride)  # of the test windows
+    targets = range(parts[2].start + window, len(words), sparse)  # of the test windows
     examples = DataFrame(
         {
             "truth": [words[i] for i in targets],
@@ -1875,11 +1859,11 @@ def build_series(config, seed, device=CPU):
 
     def ceilings():
         before, after = (
-            (best_forecasts(part[:, :, 0].cpu() * unit + offset, config) - offset) / unit
+            (best_forecasts(part[:, :, 0] * unit + offset, config) - offset) / unit
             for part in (test.inputs, test.inputs + shift)
         )
-        effect = np.abs(after - before) / SHIFT
-        return {"exact filter": value_answers(before, test).assign(effect=effect)}
+        effect = (after - before).abs() / SHIFT
+        return {"exact filter": value_answers(before, test).assign(effect=effect.numpy())}
 
     return TaskData(
         *splits,
@@ -1926,6 +1910,11 @@ def rise_in_probability(before, after):
     return np.exp(-after["loss"]) - np.exp(-before["loss"])
 
 
+def is_right(answer, target):
+    """1 where an answer (B,) is the target, (B,) or (B, 1), else 0."""
+    return (answer == target.flatten()).float()
+
+
 class Task(NamedTuple):
     """All that differs between the three tasks; the defaults are for answers that are ids."""
 
@@ -1933,13 +1922,12 @@ class Task(NamedTuple):
     title: str
     question: str  # what the generated data ask, in a sentence or two
     option: str  # names a user's own data
-    head: type  # of the models
     build_data: Callable  # (configuration, seed, device)
     baselines: Callable  # (task, data, configuration, seed)
     loss: Callable  # (output, target) -> (B,); its mean is minimised
-    score: Callable  # (output, target) -> (B,); reported beside the loss in training
-    answer: Callable  # (output, target) -> (B,): ids or values
+    answer: Callable  # output -> (B,): ids or values
     metrics: Sequence = ("accuracy", "loss")  # the models are judged by the first
+    score: Callable = is_right  # (answer, target) -> (B,); beside the loss in training
     score_name: str = "accuracy"
     # (evaluation before, after a change) -> (N,): how far the output follows the change
     effect: Callable = rise_in_probability
@@ -1954,12 +1942,12 @@ def label_loss(output, target):
     return F.nll_loss(output.clamp_min(1e-30).log(), target[:, 0].long(), reduction="none")
 
 
-def likeliest_label(output, _target=None):
+def likeliest_label(output):
     """The id (B,) of the most probable label."""
     return label_probabilities(output).argmax(dim=1)
 
 
-def likeliest_word(output, _target=None):
+def likeliest_word(output):
     """The id (B,) of the word with the highest logit; <pad> and <unk> are no words."""
     return output[:, 2:].argmax(dim=1) + 2
 
@@ -1970,11 +1958,9 @@ CLASSIFIER = Task(
     question="Is a film review positive? Only the writer's own last opinion counts: it may stand "
     "far before the end, and the opinions of others may follow.",
     option="reviews",
-    head=Classifier,
     build_data=build_reviews,
     baselines=review_baselines,
     loss=label_loss,
-    score=lambda output, target: (likeliest_label(output) == target[:, 0]).float(),
     answer=likeliest_label,
 )
 PREDICTOR = Task(
@@ -1983,11 +1969,9 @@ PREDICTOR = Task(
     question="Which word comes next? Verbs and objects depend on a subject up to nine words back, "
     "past other nouns.",
     option="corpus",
-    head=Predictor,
     build_data=build_corpus,
     baselines=corpus_baselines,
     loss=partial(F.cross_entropy, reduction="none"),
-    score=lambda output, target: (likeliest_word(output) == target).float(),
     answer=likeliest_word,
 )
 FORECASTER = Task(
@@ -1995,14 +1979,13 @@ FORECASTER = Task(
     title="Time-series forecasting",
     question="What is the next value of two noisy sine waves whose periods switch at random?",
     option="series",
-    head=Forecaster,
     build_data=build_series,
     baselines=series_baselines,
     metrics=("mse", "mae"),
     loss=lambda output, target: F.mse_loss(output, target, reduction="none")[:, 0],
-    score=lambda output, target: F.l1_loss(output, target, reduction="none")[:, 0],
+    answer=lambda output: output[:, 0],
+    score=lambda answer, target: (answer - target[:, 0]).abs(),
     score_name="mae",
-    answer=lambda output, _target: output[:, 0],
     effect=lambda before, after: (after["answer"] - before["answer"]).abs() / SHIFT,
 )
 TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
@@ -2011,13 +1994,13 @@ TASKS = {task.name: task for task in (CLASSIFIER, PREDICTOR, FORECASTER)}
 def model_arguments(config, data):
     """The constructor arguments of a model: from the configuration and from the data."""
     names = ("embed_dim", "hidden_dim", "n_layers", "dropout")
-    return data.sizes | {name: vars(config)[name] for name in names if name in vars(config)}
+    return data.sizes | {name: value for name, value in vars(config).items() if name in names}
 
 
 def build_model(task, cell, config, data, seed):
-    """A fresh model, its weights drawn from the seed."""
+    """A fresh model, such as LSTMClassifier, its weights drawn from the seed."""
     seed_torch(seed, "weights")
-    return MODEL_CLASSES[cell + task.head.__name__](**model_arguments(config, data))
+    return MODEL_CLASSES[cell + task.name.title()](**model_arguments(config, data))
 
 
 # ======================================================================================
@@ -2076,18 +2059,18 @@ def describe_layers(model, inputs):
     return layers
 
 
-def forecasts(model, data, shown=120, horizon=120, most=400):
+def forecasts(model, data, shown=120, horizon=120):
     """Forecasts against the truth, in series units.
 
     First one step ahead, of the first `shown` test windows. Then free-running, `horizon` steps from
-    up to `most` places: the forecasts from the first of them, and the mean squared error of all by
+    up to 400 places: the forecasts from the first of them, and the mean squared error of all by
     the number of steps, beside that of persistence.
     """
     test = data.test
     window = test.inputs.shape[1]
     n = len(test.series) - window
     horizon = min(horizon, max(n // 2, 1))
-    rows = test.series.unfold(0, window + horizon, math.ceil(n / most))  # (O, T + horizon)
+    rows = test.series.unfold(0, window + horizon, math.ceil(n / 400))  # (O, T + horizon)
     windows = rows[:, :window, None]  # (O, T, 1)
     truth = rows[:, window:]  # (O, horizon)
     free = model.roll_forward(windows, horizon)  # (O, horizon)
@@ -2156,9 +2139,9 @@ class Experiment(NamedTuple):
     resume: bool = False
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=10)
 def load_data(task, config, seed, device):
-    """A seed's data, kept for the next run of this process; InputError names the user's file."""
+    """A seed's data, kept for other models; InputError names the user's file."""
     own = config.own
     try:
         data = TASKS[task].build_data(config, seed, device)
@@ -2426,11 +2409,14 @@ def worker_pool(workers):
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
     # the processes inherit that Ctrl-C is ignored: it is for this one
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # large pages, for glibc: else a sixth of an LSTM's step on the reviews is page faults
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    # and large pages, for glibc: else a tenth of an LSTM's step on the reviews is page faults
+    tunables = os.environ.pop("GLIBC_TUNABLES", None)
+    os.environ["GLIBC_TUNABLES"] = tunables or "glibc.malloc.hugetlb=1"
     for _ in range(workers):  # they start while the data are read
         pool.submit(os.getpid)
     signal.signal(signal.SIGINT, interrupt)
+    if not tunables:
+        del os.environ["GLIBC_TUNABLES"]
     try:
         yield pool
     except BaseException:
@@ -2516,10 +2502,12 @@ def train_all(experiment, pool, bar):
         train_runs(tuning, experiment, pool, bar)
         wait_for_ranks(f"{folder}: tuned")
         rates = rates | chosen_rates(tuning, folder)
-    runs = []
-    for task, seed in product(experiment.config, experiment.seeds):
-        runs.append(Run(task, BASELINES, seed))  # first, for they hold the test examples
-        runs += [Run(*key, seed, *pair) for key, pair in rates.items() if key[0] == task]
+    seeds = experiment.seeds
+    runs = [Run(task, BASELINES, seed) for task, seed in product(experiment.config, seeds)]
+    runs += [Run(*key, seed, *pair) for (key, pair), seed in product(rates.items(), seeds)]
+    # of each task first the baselines, which hold the test examples, then the models by the
+    # alphabet: that leaves few cores idle at the end, for the GRU takes longest, and next words least
+    runs.sort(key=lambda run: (run.task, run.model != BASELINES, run.model))
     records = [folder / f"runs/{run}.json" for run in runs]
     present = sum(record.exists() for record in records)
     if present and not experiment.resume and RANK == 0:
@@ -2565,13 +2553,12 @@ def examples_table(records, known):
 
 def score_table(examples):
     """What each model, baseline and ceiling scores: task, name, kind, seed, metric, value."""
-    columns = "task name kind seed metric value".split()
     parts = []
     for task, table in examples.groupby("task", sort=False):
         for name in dict.fromkeys([*TASKS[task].metrics, "loss"]):
-            table = table.assign(metric=name, value=METRICS[name].of(table))
-            parts.append(table[columns])
-    return pd.concat(parts).groupby(columns[:-1], sort=False)["value"].mean().reset_index()
+            parts.append(table.assign(metric=name, value=METRICS[name].of(table)))
+    keys = "task name kind seed metric".split()
+    return pd.concat(parts).groupby(keys, sort=False)["value"].mean().reset_index()
 
 
 def summarise(scores):
@@ -2652,9 +2639,7 @@ def compare(examples):
     for task, table in examples.groupby("task", sort=False):
         name = TASKS[task].metrics[0]
         sign = METRICS[name].sign
-        values = table.assign(value=METRICS[name].of(table)).pivot(
-            index=["seed", "example"], columns="name", values="value"
-        )
+        values = METRICS[name].of(table.set_index(["seed", "example", "name"])).unstack()
         names = table.groupby("kind")["name"].unique()
         models = names.get("model", ())  # none if each failed
         best = (sign * values[names["baseline"]].mean()).idxmax()
@@ -2669,14 +2654,16 @@ def compare(examples):
 
 
 def unlearnt(runs, scores):
-    """The runs whose test loss is nearer to that of a baseline that ignores the input than to the
-    median of their model, on three seeds or more.
+    """The runs of a task whose test loss is nearer to that of a baseline that ignores the input
+    than to the median of their model, on three seeds or more.
     """
-    blind = "metric == 'loss' and name in ['majority class', 'unigram', 'persistence']"
-    losses = scores.query(blind).groupby("task")["value"].mean()
-    of_model = runs.groupby(MODEL_KEYS)["test_loss"]
+    blind = scores.query(
+        "task in @runs.task and metric == 'loss' and "
+        "name in ['majority class', 'unigram', 'persistence']"
+    )
+    of_model = runs.groupby("model")["test_loss"]
     runs = runs.assign(
-        blind=runs["task"].map(losses),
+        blind=blind["value"].mean(),
         median=of_model.transform("median"),
         seeds=of_model.transform("size"),
     )
@@ -2732,22 +2719,19 @@ The same training for all cells, each at its own learning rate and weight decay.
 own data, or the splits of a user's reviews; a user's text or series is always cut at the same
 places. Results are those on the test part, mean ± standard deviation over the seeds. A ceiling is
 the best that is possible on generated data: two models that reach it cannot be told apart by this
-task. A difference is the mean over the seeds of a - b, with its 95 % interval; of twenty such
-intervals one is wrong by chance. What is undecided with few seeds more may decide; the number is an
-estimate. Seconds are those of training and validation, times of a step those of training alone,
-with other runs beside it."""
-
-
-def decimals(spread):
-    """The decimal places that show two digits of a spread."""
-    return max(0, 1 - math.floor(math.log10(spread)))
+task. A difference is the mean over the seeds of a - b, by the first score; low and high are the
+ends of its 95 % interval, wins the seeds on which a is better. Of twenty such intervals one is
+wrong by chance. Seeds needed is an estimate of how many would decide what is undecided. Seconds are
+those of training and validation, times of a step those of training alone, with other runs beside
+it."""
 
 
 def show(mean, std):
     """A number with two digits of its spread; without a spread, three digits."""
-    if std > 1e-9 * abs(mean):
-        return f"{mean:.{decimals(std)}f} ± {std:.{decimals(std)}f}"
-    return f"{mean:.{decimals(mean / 10 or 1)}f}"
+    if not std > 1e-9 * abs(mean):  # nan on one seed
+        return f"{mean:.3g}"
+    places = max(0, 1 - math.floor(math.log10(std)))
+    return f"{mean:.{places}f} ± {std:.{places}f}"
 
 
 def summary_table(task, summary):
@@ -2767,19 +2751,14 @@ def verdict_table(comparisons):
     than the difference, if that stays as it is.
     """
     metric = METRICS[comparisons["metric"].iloc[0]]
-    rows = []
-    for _, _, a, b, *numbers, wins, verdict in comparisons.to_numpy():
-        mean, low, high = metric.scale * np.array(numbers)
-        places = decimals((high - low) / 4) if low < high else 3
-        interval = f"[{low:z.{places}f}, {high:z.{places}f}]" if verdict else "none on one seed"
-        if verdict == "undecided":
-            n_seeds = int(wins.split()[-1])
-            two_errors = (high - low) / t_quantile(n_seeds)
-            needed = n_seeds * (two_errors / (mean or 1e-9)) ** 2
-            verdict += f" ({np.clip(needed, n_seeds + 1, 100):.0f} seeds or more)"
-        rows.append((f"{a} - {b}", f"{mean:z.{places}f}", interval, wins, verdict))
-    columns = ["difference", metric.label, "95 % interval", "seeds won", "verdict"]
-    return DataFrame(rows, columns=columns)
+    table = comparisons.drop(columns=["task", "metric"])
+    table[["difference", "low", "high"]] *= metric.scale
+    n_seeds = int(table["wins"].iloc[0].split()[-1])
+    two_errors = (table["high"] - table["low"]) / t_quantile(n_seeds)
+    needed = n_seeds * (two_errors / table["difference"]) ** 2
+    needed = needed.clip(n_seeds + 1, 100).where(table["verdict"] == "undecided")
+    table["seeds needed"] = needed.round()
+    return table.rename(columns={"difference": f"a - b: {metric.label}"})
 
 
 # what textbooks say, by column of `run_table`; far_effect is the effect of a change far back
@@ -2793,41 +2772,40 @@ CLAIMS = {
     "far_effect": "RNN < GRU < LSTM",
 }
 FAR = "task == 'classifier' and distance >= 50 or task == 'predictor' and distance >= 7"  # words
-# in which the accuracy was expected on the generated data, in per cent
-BANDS = """title,model,low,high
-Text classification,GRU,70,80
-Text classification,LSTM,75,85
-Text classification,RNN,60,70
-Next-word prediction,LSTM,40,60"""
+# by title, for generated data alone: where the mean accuracy was expected, in per cent
+BANDS = {
+    "Text classification": "60 < RNN <= 70 and 75 < LSTM <= 85 and 70 < GRU <= 80",
+    "Next-word prediction": "40 < LSTM <= 60",
+}
 
 
 def common_claims(runs, examples):
     """What is commonly said of the cells, the means that were measured, and whether it holds.
 
-    Of each two neighbours in an order: it does if the 95 % interval of their paired difference over
-    the seeds lies above 0, it does not if that lies below.
+    Of each two neighbours in an order: it does if the 95 % interval of their paired difference lies
+    above 0, it does not if that lies below, over the seeds on which all cells named were trained.
+    Bands hold if all means lie in them; they need all of DEFAULT_MODELS.
     """
     effects = examples.query(FAR).groupby(["task", "name", "seed"])["effect"].mean()
     runs = runs.join(effects.rename("far_effect"), KEYS)
     rows = []
-    for (column, order), task in product(CLAIMS.items(), runs["task"].unique()):
-        values = runs.query("task == @task").pivot(index="seed", columns="model", values=column)
-        values = values.reindex(columns=order.split(" < "))
-        gaps = values.diff(axis=1).iloc[:, 1:]  # between neighbours
-        t = gaps.mean() / gaps.sem()  # Student's
-        least = t_quantile(len(gaps))
-        decided = [t > least, t < -least]
-        holds = ", ".join(np.select(decided, ["yes", "no"], "not decided"))
-        measured = ", ".join(values.mean().map("{:.3g}".format))
-        if "nan" not in measured:
-            rows.append((column, task, order, measured, holds))
-    accuracy = 100 * runs.groupby(["title", "model"])["test_accuracy"].mean()
-    bands = pd.read_csv(io.StringIO(BANDS)).join(accuracy, ["title", "model"], how="inner")
-    if len(bands):
-        said = ", ".join(f"{band.model} ({band.low}, {band.high}]" for band in bands.itertuples())
-        measured = ", ".join(bands["test_accuracy"].map("{:.1f}".format))
-        holds = bands.eval("low < test_accuracy <= high").all()
-        rows.append(("test_accuracy in %", "", said, measured, "yes" if holds else "no"))
+    for column, order in CLAIMS.items():
+        values = runs.pivot(index=["task", "seed"], columns="model", values=column)
+        values = values.reindex(columns=order.split(" < ")).dropna()
+        for task, own in values.groupby("task"):
+            gaps = own.diff(axis=1).iloc[:, 1:]  # between neighbours
+            half = t_quantile(len(gaps)) * gaps.sem()  # of the interval
+            decided = [gaps.mean() > half, gaps.mean() < -half]
+            holds = np.select(decided, ["yes", "no"], "not decided")
+            measured = own.mean().map("{:.3g}".format)
+            rows.append((column, task, order, ", ".join(measured), ", ".join(holds)))
+    accuracy = 100 * runs.pivot_table("test_accuracy", "title", "model")
+    accuracy = accuracy.reindex([*BANDS], columns=DEFAULT_MODELS).dropna()
+    for title, means in accuracy.iterrows():
+        said = BANDS[title]
+        holds = "yes" if accuracy.eval(said)[title] else "no"
+        measured = means.filter(said.split()).map("{:.1f}".format)  # of the cells that it names
+        rows.append(("test_accuracy in %", title, said, ", ".join(measured), holds))
     return DataFrame(rows, columns=["what", "task", "said", "measured", "holds"])
 
 
@@ -2835,50 +2813,44 @@ def findings(results, records):
     """What was found, for page and terminal: heading -> sentences and tables."""
     notes = dict.fromkeys(note for record in records for note in record.get("notes", ()))
     report = {"Notes on the data": list(notes)} if notes else {}
-    failures = unlearnt(results.runs, results.scores)
-    for (task, title), _ in results.runs.groupby(["task", "title"], sort=False):
-        comparisons = results.comparisons.query("task == @task")
-        best = comparisons["b"].iloc[-1]  # the best baseline stands in the last rows
+    for (task, title), runs in results.runs.groupby(["task", "title"], sort=False):
         n_tested = results.examples.query("task == @task")["example"].nunique()
-        parts = [
-            f"{n_tested:,} examples were tested on each seed.",
-            summary_table(task, results.summary.query("kind != 'baseline' or name == @best")),
-            verdict_table(comparisons),
-        ]
-        if title == TASKS[task].title:
-            parts.insert(0, TASKS[task].question)  # of the generated data
-        report[title] = parts + [
-            f"{run.model}, seed {run.seed}: did not learn what its other seeds did."
-            for run in failures.query("task == @task").itertuples()
+        text = f"{n_tested:,} examples were tested on each seed."
+        if title == TASKS[task].title:  # the data are the generated
+            text = f"{TASKS[task].question} {text}"
+        report[title] = [
+            text,
+            summary_table(task, results.summary),
+            verdict_table(results.comparisons.query("task == @task")),
+            *[
+                f"{run.model}, seed {run.seed}: did not learn what its other seeds did."
+                for run in unlearnt(runs, results.scores).itertuples()
+            ],
         ]
     return report
 
 
 def details(results, records):
     """The long tables of the report."""
-    runs = results.runs
-    parts = []
-    for task in runs["task"].unique():
-        parts += [TASKS[task].title, summary_table(task, results.summary)]
     training = "learning_rate weight_decay best_epoch epochs seconds ms_per_step".split()
-    means = runs.groupby(MODEL_KEYS, sort=False)[training].mean()
-    parts += [
+    means = results.runs.groupby(MODEL_KEYS, sort=False)[training].mean()
+    parts = [
         "Training, mean over the seeds; on a CPU PyTorch has a fused kernel for the LSTM only",
         means.reset_index(),
     ]
     for task, x_label, y_label, table in distance_tables(results.examples):
-        shown = table.droplevel("kind", axis=1).T.map("{:.3g}".format)
         parts += [
             f"{TASKS[task].title}: {' '.join(y_label.split())}, by {x_label}",
-            shown.reset_index(),
-        ]
-    if runs["seed"].nunique() > 1:
-        parts += [
-            "What is commonly said, the means of the cells named, and whether it holds",
-            common_claims(runs, results.examples),
+            table.T.reset_index(),
         ]
     environments = DataFrame(record["environment"] for record in records)
-    return [*parts, environments.drop_duplicates(), NOTES]
+    return [
+        *parts,
+        "What is commonly said, the means of the cells in that order, and whether it holds",
+        common_claims(results.runs, results.examples),
+        environments.drop_duplicates(),
+        NOTES,
+    ]
 
 
 # ======================================================================================
@@ -2901,14 +2873,11 @@ class Results(NamedTuple):
 
 
 GREY = "#777777"
-PARTS = {"recurrent": "////", "head": "...."}  # of a model, with their hatches; embeddings: none
-# as in a matplotlibrc; parse_math is off, for names of labels and files may hold dollars;
-# ymargin: room for the marks of the first and the last row
-SETTINGS = """font.size=9 figure.dpi=120 figure.constrained_layout.use=True savefig.format=png
-    legend.frameon=False legend.fontsize=7 text.parse_math=False grid.color=#E4E4E4 axes.grid=True
-    axes.titlelocation=left axes.titleweight=bold axes.ymargin=0.1 axes.spines.top=False
-    axes.spines.right=False"""
-STYLE = dict(setting.split("=") for setting in SETTINGS.split())
+STYLE = {  # where it differs from matplotlib's defaults
+    "figure.constrained_layout.use": True,
+    "legend.fontsize": "small",
+    "text.parse_math": False,  # names of labels and files may hold dollars
+}
 
 
 def colour(name):
@@ -2918,11 +2887,8 @@ def colour(name):
 
 def new_figure(rows, columns, width, height, **options):
     """A figure and its axes (rows, columns), each so many inches wide and high."""
-    figure = Figure((max(columns * width, 7.2), rows * height + 0.6))  # titles need room
-    grid = figure.subplots(rows, columns, squeeze=False, **options)
-    for axes in grid.flat:
-        axes.locator_params(axis="x", integer=True)  # epochs and steps are whole
-    return figure, grid
+    figure = Figure((max(columns * width, 7.6), rows * height + 0.6))  # titles need room
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def use_factors(axes):
@@ -2932,42 +2898,48 @@ def use_factors(axes):
     axes.minorticks_off()
 
 
-def bar_panel(axes, table, labels=None, **settings):
-    """A bar per model (row), stacked of its parts (columns), with a label or its size behind it."""
-    left = 0
-    for part, sizes in table.items():
-        bars = axes.barh(
-            table.index, sizes, left=left, color=table.index.map(colour), hatch=PARTS.get(part)
-        )
-        left += sizes
-    axes.bar_label(bars, labels, fmt="%.3g", padding=3)
-    axes.grid(False)
-    # room for the labels; a bar alone is no wider than among others
-    axes.set(xmargin=0.45, ylim=(len(table) - 0.25, -0.75), **settings)
+def dot_panel(axes, values, label):
+    """A row per name of the index: a dot for each value, and a bar at their mean."""
+    for name, own in values.groupby(level=0, sort=False):
+        axes.plot(own, own.index, ".", color=colour(name))
+        axes.plot(own.mean(), name, "|", color=colour(name), markersize=10)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid()
 
 
 def history_figure(results, task):
     """Loss and score by epoch: a column per model, a line per seed."""
-    history = results.history.query("task == @task")
+    history = results.history.query("task == @task").set_index("epoch")
     if history.empty:
         return None
     models = history.groupby("model", sort=False)
     figure, grid = new_figure(2, len(models), 3.5, 2.5, sharex=True, sharey="row")
-    for name, row in zip(("loss", TASKS[task].score_name), grid):
-        metric = METRICS[name]
-        for (model, own), axes in zip(models, row):
-            for split, style in (("train", ":"), ("validation", "-")):
-                curves = own.pivot(index="epoch", columns="seed", values=f"{split}_{name}")
-                axes.plot(metric.scale * curves, style, color=colour(model))
-            kept = own.loc[own.groupby("seed")["validation_loss"].idxmin()]
-            scores = metric.scale * kept[f"validation_{name}"]
-            axes.plot(kept["epoch"], scores, "o", color=colour(model))
-            axes.set(title=model, xlabel="epoch", ylabel="loss" if name == "loss" else metric.label)
-            axes.label_outer()
+    panels = product(("loss", TASKS[task].score_name), models)
+    for (name, (model, runs)), axes in zip(panels, grid.flat):
+        scale = METRICS[name].scale
+        for _, run in runs.groupby("seed"):
+            kept = [run["validation_loss"].argmin()]  # the epoch whose weights were kept
+            axes.plot(scale * run[f"train_{name}"], ":", color=colour(model))
+            axes.plot(scale * run[f"validation_{name}"], "o-", color=colour(model), markevery=kept)
         # by validation: training that begins with an explosion must not flatten the others
-        shown = metric.scale * history[f"validation_{name}"]
-        row[0].set_ylim(0.9 * shown.min(), 1.1 * shown.max())
+        shown = scale * history[f"validation_{name}"]
+        axes.set(
+            title=model,
+            xlabel="epoch",
+            ylabel="loss" if name == "loss" else METRICS[name].label,
+            ylim=(0.9 * shown.min(), 1.1 * shown.max()),
+        )
+        axes.locator_params(axis="x", integer=True)
+        axes.label_outer()
     return figure
+
+
+FORECASTS = (  # the panels of a model: what is drawn in grey and in colour, and the axis labels
+    ("truth", "forecast", "test example, forecast one step ahead", "value (series units)"),
+    ("free_truth", "free_forecast", "steps ahead, forecasts fed back", "value (series units)"),
+    ("persistence_mse", "free_mse", "steps ahead, mean over all starts", "MSE (series units²)"),
+)
 
 
 def forecasts_figure(results):
@@ -2976,57 +2948,37 @@ def forecasts_figure(results):
     if not len(models):
         return None
     figure, grid = new_figure(len(models), 3, 4.7, 2.3, sharey="col")
-    for (model, own), (one_step, free, errors) in zip(models, grid):
+    for (model, own), row in zip(models, grid):
         first = own["forecasts"].iloc[0]
-        for axes, kind, label in (
-            (one_step, "", "test example, forecast one step ahead"),
-            (free, "free_", "steps ahead, forecasts fed back"),
-        ):
-            steps = range(1, len(first[f"{kind}truth"]) + 1)
-            axes.plot(steps, first[f"{kind}truth"], ".", color=GREY)
-            axes.plot(steps, first[f"{kind}forecast"], color=colour(model))
-            axes.set(title=model, xlabel=label, ylabel="value (series units)")
-        for name, shade in (("persistence_mse", GREY), ("free_mse", colour(model))):
-            means = np.mean([each[name] for each in own["forecasts"]], axis=0)
-            errors.plot(steps, means, color=shade)
-        errors.set(xlabel="steps ahead, mean over seeds", ylabel="MSE (series units²)", ylim=0)
+        for (grey, coloured, x_label, y_label), axes in zip(FORECASTS, row):
+            steps = range(1, len(first[grey]) + 1)
+            axes.plot(steps, first[grey], ".", color=GREY)
+            axes.plot(steps, first[coloured], color=colour(model))
+            axes.set(title=model, xlabel=x_label, ylabel=y_label)
     return figure
 
 
 def parameters_figure(results):
     """Parameters by part, each model of each task."""
-    # with the seed, for vocabularies differ from seed to seed
-    tasks = results.runs.drop_duplicates(MODEL_KEYS).groupby(["title", "seed"], sort=False)
-    figure, grid = new_figure(len(tasks), 1, 9, 1.9)
-    for ((title, seed), table), axes in zip(tasks, grid.flat):
-        labels = [
-            f"{run.parameters:,} (recurrent {run.recurrent_parameters:,})"
-            for run in table.itertuples()
-        ]
-        parts = DataFrame(list(table["parts"]), table["model"])
-        bar_panel(axes, parts, labels, title=f"{title}, seed {seed}", xlabel="parameters")
+    tasks = results.runs.drop_duplicates(MODEL_KEYS).groupby("title", sort=False)
+    figure, grid = new_figure(len(tasks), 3, 3.4, 1.9)
+    for (title, runs), row in zip(tasks, grid):
+        for part, axes in zip(("embedding", "recurrent", "head"), row):
+            sizes = [parts.get(part, 0) for parts in runs["parts"]]
+            bars = axes.barh(runs["model"], sizes, color=runs["model"].map(colour))
+            axes.bar_label(bars, fmt=" {:,.0f}")
+            axes.invert_yaxis()
+            axes.set(title=title, xlabel=f"{part} parameters", xmargin=0.45, xlim=0)
     return figure
 
 
 def architectures_figure(results):
     """A box per model: its layers from input to output, with settings, output shape and weights."""
-    tasks = results.runs.drop_duplicates(MODEL_KEYS).groupby("task", sort=False)
-    figure, grid = new_figure(len(tasks), tasks.size().max(), 2.7, 3.2)
-    for axes in grid.flat:
-        axes.axis("off")
-    for (task, own), row in zip(tasks, grid):
-        for run, axes in zip(own.itertuples(), row):
-            axes.text(
-                0.5,
-                0.95,
-                "\n↓\n".join(run.layers),
-                fontsize=7.5,
-                ha="center",
-                va="top",
-                bbox={"boxstyle": "round", "edgecolor": colour(run.model), "facecolor": "white"},
-                transform=axes.transAxes,
-            )
-            axes.set_title(f"{run.model} {task}, seed {run.seed}", loc="center")
+    runs = results.runs.drop_duplicates(MODEL_KEYS)
+    figure, grid = new_figure(runs["task"].nunique(), runs["model"].nunique(), 2.7, 3.6)
+    for run, axes in zip(runs.itertuples(), grid.flat):
+        axes.text(0.5, 0.5, "\n↓\n".join(run.layers), ha="center", va="center")
+        axes.set(title=f"{run.model} {run.task}", xticks=[], yticks=[])
     return figure
 
 
@@ -3042,38 +2994,32 @@ def performance_figure(results):
     for (task, runs), (test, *panels) in zip(tasks, grid):
         first = TASKS[task].metrics[0]
         metric = METRICS[first]
-        scores = results.scores.query("task == @task and metric == @first")
-        for (name, kind), own in scores.groupby(["name", "kind"], sort=False):
-            values = metric.scale * own["value"]
-            if kind == "ceiling":
-                test.axvline(values.mean(), color=GREY, linestyle="--")
-            test.plot(values, own["name"], ".", color=colour(name))
-            test.plot(values.mean(), name, "|", color=colour(name), markersize=13)
+        scores = results.scores.query("task == @task and metric == @first").set_index("name")
+        values = metric.scale * scores["value"]
+        dot_panel(test, values, f"test {metric.label}")
+        ceiling = values[scores["kind"] == "ceiling"].mean()  # nan of a user's own data: no line
+        test.axvline(ceiling, color=GREY, linestyle="--")
+        test.set_title(runs["title"].iloc[0])
         if metric.sign < 0:  # errors differ by factors
             use_factors(test)
-        test.invert_yaxis()
-        test.set(title=runs["title"].iloc[0], xlabel=f"test {metric.label}")
-        means = runs.groupby("model", sort=False)[[*costs]].mean()
         for (column, label), axes in zip(costs.items(), panels):
-            bar_panel(axes, means[[column]], xlabel=label)
+            dot_panel(axes, runs.set_index("model")[column], label)
+            axes.set(xmargin=0.2, xlim=0)
     return figure
 
 
 def learning_rates_figure(results):
-    """Validation loss by rate: each run, and the mean over the seeds that all rates share."""
+    """Validation loss by rate: each run, and the mean over the seeds."""
     if results.tuning.empty:
         return None
     tasks = results.tuning.groupby("task", sort=False)
     figure, grid = new_figure(1, len(tasks), 4.2, 3.4)
     for (task, runs), axes in zip(tasks, grid.flat):
         for model, own in runs.groupby("model", sort=False):
-            losses = own.pivot(index="learning_rate", columns="seed", values="val_loss")
-            means = losses.dropna(axis=1).mean(axis=1)
-            chosen = means[own.query("chosen")["learning_rate"].iloc[:1]]
-            axes.set_prop_cycle(color=[colour(model)])
-            axes.plot(losses, ".")
-            axes.plot(means, label=model)
-            axes.plot(chosen, "o", ms=11, fillstyle="none")
+            axes.plot(own["learning_rate"], own["val_loss"], ".", color=colour(model))
+            means = own.groupby("learning_rate")["val_loss"].mean()
+            chosen = [means.argmin()]
+            axes.plot(means, "o-", color=colour(model), label=model, markevery=chosen)
         use_factors(axes)
         axes.set(title=TASKS[task].title, xlabel="learning rate", ylabel="validation loss")
         axes.legend()
@@ -3086,8 +3032,8 @@ def errors_figure(results):
     if examples.empty:
         return None
     models = examples.groupby("name", sort=False)
-    size = 0.6 * examples["truth"].nunique() + 1.2
-    figure, grid = new_figure(1, len(models), size + 0.5, size, sharey=True)
+    size = 0.6 * examples["truth"].nunique() + 1.4
+    figure, grid = new_figure(1, len(models), size + 0.9, size)
     for (model, own), axes in zip(models, grid.flat):
         shares = 100 * pd.crosstab(own["truth"], own["answer"], normalize="index")
         shares = shares.reindex(columns=shares.index, fill_value=0)
@@ -3098,9 +3044,10 @@ def errors_figure(results):
         axes.set_xticks(ticks, shares.index, rotation=30)
         axes.set_yticks(ticks, shares.index)
         axes.set(title=model, xlabel="predicted label", ylabel="true label")
-        axes.label_outer()
-        axes.grid(False)
     return figure
+
+
+LINES = {"model": "-", "baseline": ":", "ceiling": "--"}
 
 
 def long_range_figure(results):
@@ -3110,12 +3057,10 @@ def long_range_figure(results):
         return None
     columns = len({task for task, *_ in tables})
     rows = math.ceil(len(tables) / columns)
-    figure, grid = new_figure(rows, columns, 4.4, 3.6)
+    figure, grid = new_figure(rows, columns, 4.6, 3.8)
     for (task, x_label, y_label, table), axes in zip(tables, grid.flat):
-        styles = cycle("s: ^: D: v: x:".split())  # of baselines
-        for (name, kind), values in table.items():
-            style = {"model": "o-", "ceiling": "--"}.get(kind) or next(styles)
-            axes.plot(values, style, color=colour(name), label=name)
+        for ((name, kind), values), marker in zip(table.items(), cycle("osD^vP*X")):
+            axes.plot(values, marker + LINES[kind], color=colour(name), label=name)
         axes.set(title=TASKS[task].title, xlabel=x_label, ylabel=y_label, xticks=table.index)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
@@ -3124,7 +3069,7 @@ def long_range_figure(results):
 FIGURES = {  # in the order of the page: what draws it or nothing, its title, what to look for
     "performance_summary": (
         performance_figure,
-        "Test scores (dot: a seed; bar: their mean; dashed: the best that is possible) and costs",
+        "Test scores and costs (dot: a seed; bar: their mean; dashed: the best that is possible)",
         "How well each model does beside the baselines, and what a run costs. Dots that lie apart "
         "are seeds that disagree: of that no single run tells. Times compare kernels as much as "
         "cells: on a CPU PyTorch has a fused one for the LSTM only.",
@@ -3157,17 +3102,17 @@ FIGURES = {  # in the order of the page: what draws it or nothing, its title, wh
     },
     "learning_rates": (
         learning_rates_figure,
-        "Learning rates by validation loss: a dot per run, means (lines), the chosen (circles)",
-        "Where a circle is at the edge of the grid, the best rate may lie beyond it.",
+        "Learning rates by validation loss: runs (dots), means (lines), the chosen (large dots)",
+        "Where a large dot is at the edge of the grid, the best rate may lie beyond it.",
     ),
     "parameter_counts": (
         parameters_figure,
-        "Parameters of the embedding (plain), the recurrent layer (striped), the head (dotted)",
+        "Parameters by part, of the first seed",
         "A GRU's recurrent layer holds three times the weights of an RNN's, an LSTM's four times.",
     ),
     "architectures": (
         architectures_figure,
-        "Architectures, drawn from the live models (B: batch)",
+        "Architectures, drawn from the live models of the first seed (B: batch)",
         "The models of a task differ in their recurrent layer alone.",
     ),
 }
@@ -3183,11 +3128,11 @@ tr { border-bottom: 1px solid #ddd } img { max-width: 100% }
 
 
 def draw_figures(results):
-    """Figures by name, hints and PNGs for the page, and how many could not be drawn: one must not
-    cost the others.
+    """Figures by name, pictures (name, PNG, hint) for the page, and how many could not be drawn:
+    one must not cost the others.
     """
     figures = {}
-    parts = []
+    pictures = []
     failed = 0
     for name, (draw, title, hint) in FIGURES.items():
         content = io.BytesIO()
@@ -3199,29 +3144,34 @@ def draw_figures(results):
                     figure.suptitle(title)
                     figure.savefig(content)
                     figures[name] = figure
-                    parts += [hint, (name, content.getvalue())]
+                    pictures.append((name, content.getvalue(), hint))
         except Exception as error:
             failed += 1
             log(f"failed: the figure {name} could not be drawn: {first_line(error)}")
-    return figures, parts, failed
+    return figures, pictures, failed
 
 
 def page_and_markdown(report):
-    """A report, heading -> texts, tables and figures (name, PNG), as HTML page and as Markdown."""
+    """A report, heading -> texts, tables and pictures (name, PNG, hint), as HTML page and as
+    Markdown.
+    """
     page = PAGE_HEAD
     markdown = ""
+    digits = "{:.3g}".format
     for heading, parts in report.items():
         page += f"\n<h2>{html.escape(heading)}</h2>"
         markdown += f"\n## {heading}\n"
         for part in parts:
             if isinstance(part, DataFrame):
-                page += f"\n{part.to_html(index=False, na_rep='')}"
-                markdown += f"\n```\n{part.to_string(index=False, na_rep='')}\n```\n"
+                page += f"\n{part.to_html(index=False, na_rep='', float_format=digits)}"
+                markdown += (
+                    f"\n```\n{part.to_string(index=False, na_rep='', float_format=digits)}\n```\n"
+                )
             elif isinstance(part, tuple):
-                name, png = part
+                name, png, hint = part
                 source = f"data:image/png;base64,{b64encode(png).decode()}"
-                page += f"\n<img alt='{name}' src='{source}'>"
-                markdown += f"\n![{name}](pytorch_rnn_{name}.png)\n"
+                page += f"\n<p>{hint}</p>\n<img alt='{name}' src='{source}'>"
+                markdown += f"\n{hint}\n\n![{name}](pytorch_rnn_{name}.png)\n"
             else:
                 page += f"\n<p>{html.escape(part)}</p>"
                 markdown += f"\n{part}\n"
@@ -3252,10 +3202,10 @@ def make_report(folder, failed=0):
         examples=examples,
         tuning=pd.read_csv(tuning) if tuning.exists() else DataFrame(),
     )
-    figures, parts, broken = draw_figures(results)
+    figures, pictures, broken = draw_figures(results)
     report = findings(results, records)
     _, found = page_and_markdown(report)
-    report["Figures"] = parts
+    report["Figures"] = pictures
     report["Details"] = details(results, records)
     page, markdown = page_and_markdown(report)
     files = {
@@ -3266,12 +3216,12 @@ def make_report(folder, failed=0):
         "pytorch_rnn_summary.csv": results.summary,
         "pytorch_rnn_comparisons.csv": results.comparisons,
         "pytorch_rnn_costs.csv": results.runs.drop_duplicates(MODEL_KEYS)[COST_COLUMNS],
-        **{f"pytorch_rnn_{name}.png": png for name, png in parts[1::2]},  # between the hints
+        **{f"pytorch_rnn_{name}.png": png for name, png, _ in pictures},
     }
     for (task, seed), answers in examples.groupby(["task", "seed"]):
         # Excel takes a file without the mark for one that is not UTF-8
-        content = "\ufeff" + predictions_table(answers).to_csv(index=False)
-        files[f"predictions/{task}_seed{seed}.csv"] = content
+        table = predictions_table(answers).to_csv(index=False)
+        files[f"predictions/{task}_seed{seed}.csv"] = f"\ufeff{table}"
     for name, content in files.items():
         if isinstance(content, DataFrame):
             content = content.to_csv(index=False)

@@ -61,7 +61,7 @@ def test_the_tables_have_their_columns_and_agree(quick_run):
     assert ",".join(scores) == "task,name,kind,metric,mean,std,n"
     assert set(scores["metric"]) == {"accuracy", "loss", "mse", "mae"} and (scores["n"] == 2).all()
     names = scores[scores["kind"] != "model"].groupby("task")["name"].unique().map(set)
-    expected = {"majority class", "naive Bayes", "convolution", "Bayes decision"}
+    expected = {"majority class", "naive Bayes", "recency network", "Bayes decision"}
     assert names["classifier"] == expected
     text = {"unigram", "bigram", "trigram", "log-bilinear", "full state"}
     assert names["predictor"] == text
@@ -273,7 +273,6 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path
         {"models": "IRNN"},
         {"tasks": []},
         {"seeds": 3},
-        {"epochs": True},
         {"no_such_setting": 1},
         {"workers": 0},
     ],
