@@ -1527,7 +1527,7 @@ def review_baselines(task, data, config, seed):
                 baselines["naive Bayes"] = label_answers(tested / temperature, truth)
     seed_torch(seed, "weights")
     network = Recency(embed_dim=config.embed_dim, **data.sizes)
-    baselines["recency network"] = without_recurrence(network, task, data, config, 1e-2, seed, 1e-4)
+    baselines["recency network"] = without_recurrence(network, task, data, config, 3e-2, seed, 1e-4)
     return baselines
 
 
@@ -2505,8 +2505,8 @@ def train_all(experiment, pool, bar):
     seeds = experiment.seeds
     runs = [Run(task, BASELINES, seed) for task, seed in product(experiment.config, seeds)]
     runs += [Run(*key, seed, *pair) for (key, pair), seed in product(rates.items(), seeds)]
-    # of each task first the baselines, which hold the test examples, then the models by the
-    # alphabet: that leaves few cores idle at the end, for the GRU takes longest, and next words least
+    # of each task first the baselines, which hold the test examples, then the models by name:
+    # that leaves few cores idle at the end, for the GRU takes longest, and next words least
     runs.sort(key=lambda run: (run.task, run.model != BASELINES, run.model))
     records = [folder / f"runs/{run}.json" for run in runs]
     present = sum(record.exists() for record in records)

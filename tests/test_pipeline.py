@@ -104,7 +104,7 @@ def test_the_terminal_shows_progress_the_small_tables_and_where_the_page_is(
     assert quick(tmp_path, "--tasks", "forecaster") == 0
     printed, progress = capsys.readouterr()
     line = r"forecaster_GRU_seed42  epoch  2  train/val loss [\d.]+/[\d.]+ mae [\d.]+/"
-    assert re.search(line, progress) and "forecaster_GRU_seed42  done (4 of 4)" in progress
+    assert re.search(line, progress) and "forecaster_RNN_seed42  done (4 of 4)" in progress
     assert "\r" not in progress, "no bar where there is no terminal"
     assert str(tmp_path / "pytorch_rnn_report.html") in printed and "exact filter" in printed
     assert len(printed.splitlines()) <= 20
