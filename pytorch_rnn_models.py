@@ -78,7 +78,7 @@ from pandas import DataFrame, Series
 from torch import nn, optim
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # cuBLAS repeats its numbers only with this, and reads it when it is first used
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -786,44 +786,45 @@ def read_text(path, notes):
         text = content.decode("cp1252", errors="replace")
         notes.append("not UTF-8: read as Windows-1252; if words look wrong, save it as UTF-8")
     if "\0" in text:
-        raise InputError(f"{path}: no text; save it as plain text or CSV, in UTF-8")
+        raise InputError("no text; save it as plain text or CSV, in UTF-8")
     return text
 
 
 def parse_table(text):
     """A CSV text as a table of strings, and its separator; raises InputError."""
+    if re.match(r"\s*\[?\s*{", text):
+        raise InputError("JSON is no table; save it as CSV")
     text = re.sub(r"(\r?\n[\t ;,]*)*\Z", "\n", text, count=1)  # spreadsheets add rows of nothing
-    body = re.sub(r"\A(?:#.*\n)+(?=.)", "", text)  # comments above the header
-    header, *lines = body.splitlines()
+    comments = re.match(r"(?:#.*\n)*", text)[0]  # above the header
+    text = text.removeprefix(comments)
+    header = text.splitlines()[0]
     separator = next((mark for mark in "\t;" if mark in header), ",")
-    if all(line.endswith(separator) for line in lines):
-        body = header + separator + body.removeprefix(header)
-    if re.fullmatch(NUMBER, header):  # one column may do without a header
-        body = f"value\n{body}"
-    above = text.count("\n") - body.count("\n")  # lines above the header, -1 if it was added
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+    lines = io.StringIO(text)
     reader = csv.reader(
-        io.StringIO(body),
-        delimiter=separator,
-        quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
-        skipinitialspace=True,
-        strict=True,
+        lines, delimiter=separator, quoting=quoting, skipinitialspace=True, strict=True
     )
-    rows = []
+    # one column may do without a name
+    rows = [["value"]] if re.fullmatch(NUMBER, header) else []
+    first = comments.count("\n") + 1 - len(rows)
     try:
-        rows.append(next(reader))
-        for row in reader:
-            missing = len(rows[0]) - len(row)
-            if missing < 0:
-                raise csv.Error(f"{len(row)} cells, where the header has {len(rows[0])}")
-            rows.append(row + [""] * missing)
+        rows += reader
     except csv.Error as error:
         raise InputError(
-            f"row {above + len(rows) + 1}: {error}; put a cell that holds a separator into "
-            f"quotation marks, write those within it twice; names stand in row {above + 1}"
+            f"row {first + len(rows)}: {error}; write a quotation mark in a cell twice"
         ) from error
+    names, *others = rows
+    if all(len(row) == len(names) + 1 and not row[-1] for row in others):
+        names.append("")  # each row ends with a separator
+    for number, row in enumerate(rows, first):
+        if len(row) != len(names):
+            raise InputError(
+                f"row {number} has {len(row)} cells, row {first} {len(names)}: names must stand "
+                "there, with nothing above; a cell that holds a separator needs quotation marks"
+            )
     table = DataFrame(rows).map(str.strip)
-    table.index += above + 1
-    return table.iloc[1:].set_axis(rows[0], axis=1), separator
+    table.index += first
+    return table.iloc[1:].set_axis(names, axis=1), separator
 
 
 def table_from_python(option, given):
@@ -842,8 +843,8 @@ def find_column(table, named, usual, option):
     found = [name for name in table if (name == named if named else name.lower() in usual)]
     if len(found) != 1:
         raise InputError(
-            f"{len(found)} columns for {option} ({named or ', '.join(usual) or 'plain numbers'}) "
-            f"among {', '.join(table)}: name one with --{option}-column; their names stand in row 1"
+            f"{len(found)} columns for {option} ({named or ', '.join(usual) or 'plain numbers'}): "
+            f"name one with --{option}-column; names stand in row 1: {list(table.iloc[0].items())}"
         )
     return table[found[0]]
 
@@ -853,7 +854,7 @@ def read_reviews(table, text_column, label_column):
     texts = find_column(table, text_column, TEXT_COLUMNS, "text")
     labels = find_column(table, label_column, LABEL_COLUMNS, "label")
     words = labels.astype(str).str.removesuffix(".0")  # 1.0 is 1
-    for row in words.index[words.fillna("") == ""]:
+    for row in words.index[labels.isna() | (words == "")]:
         raise InputError(f"row {row} holds no label")
     if not 2 <= words.nunique() <= 20:
         raise InputError(f"{words.nunique()} labels in {labels.name!r}; 2 to 20 are needed")
@@ -886,21 +887,28 @@ def time_steps(cells):
 
 
 def order_in_time(values, others, separator, notes):
-    """The values, the oldest first: turned round if a column beside them falls in every row."""
+    """The values, the oldest first: turned round if a column beside them falls in every row.
+
+    A last row without a time, such as a total, is left out.
+    """
     for name, cells in others.items():
         looks_so = re.search(TIME, str(cells.iloc[0]))
         steps = time_steps(cells) if looks_so else as_numbers(cells, separator).diff()
-        if (steps.iloc[1:] < 0).all():
+        steps = steps.iloc[1:]
+        if (steps < 0).all():
             notes.append(f"the newest value came first by {name!r}: the series was turned round")
             return values[::-1]
-        if cells.nunique() > 1 and (looks_so or name.lower() in TIME_COLUMNS):
-            for row in steps.index[~(steps > 0)][1:2]:  # the first row has no step
-                notes.append(
-                    f"{name!r} does not rise, or cannot be read as a time, at row {row} "
-                    f"({cells[row]!r}): is it one series, the oldest value first?"
-                )
-            if steps.max() > 1.5 * steps.quantile(0.9):  # months differ in length
-                notes.append(f"gaps in {name!r}, the longest before row {steps.idxmax()}")
+        if cells.nunique() == 1 or not (looks_so or name.lower() in TIME_COLUMNS):
+            continue
+        for row in steps.index[~(steps > 0)][:1]:
+            note = f"{name!r} does not rise, or is no time, at row {row} ({cells[row]!r})"
+            if row == cells.index[-1] and np.isnan(steps[row]):
+                notes.append(f"{note}, the last: it was left out")
+                values = values[values.index != row]
+            else:
+                notes.append(f"{note}: is it one series, the oldest value first?")
+        if steps.max() > 1.5 * steps.quantile(0.9):  # months differ in length
+            notes.append(f"gaps in {name!r}, the longest before row {steps.idxmax()}")
     return values
 
 
@@ -949,13 +957,12 @@ def read_user_data(option, given, columns):
     is_path = isinstance(given, (str, os.PathLike))
     name = Path(given).name if is_path else option
     try:
-        if is_path:
-            text = read_text(given, notes)
-            given = text.splitlines()
-        if is_path and option != "corpus":
-            table, separator = parse_table(text)
-        else:
+        if not is_path:
             table = table_from_python(option, given)
+        elif option == "corpus":
+            table = DataFrame({"line": read_text(given, notes).splitlines()})
+        else:
+            table, separator = parse_table(read_text(given, notes))
         if table.empty:
             raise InputError(f"no rows below row 1: {', '.join(table)}")
         if option == "series":
@@ -3504,6 +3511,7 @@ def parse_args(argv=None):
             kind = str if name in TEXT_OPTIONS else number
             several = "+" if name in ("tasks", "models", "seeds") else None
             parser.add_argument(flag, type=kind, nargs=several, help=text)
+    parser.add_argument("-f", help=argparse.SUPPRESS)  # a notebook's own
     parser.add_argument(
         "--predict",
         nargs=2,
@@ -3522,6 +3530,7 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, terminate)
     try:
         options = vars(parse_args(argv))
+        options.pop("f", None)
         if "predict" not in options:
             return 1 if run(**options).failed else 0
         files = options.pop("predict")
