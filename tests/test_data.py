@@ -42,8 +42,8 @@ def test_vocabularies_hold_the_words_of_the_training_part_only(data):
     words = corpus["word"].tolist()
     reviews = rnn.generate_reviews(rnn.QUICK["classifier"], rnn.random_generator(0, "reviews"))
     texts = reviews["text"].tolist()
-    known = rnn.tokenize(" ".join(texts[: int(0.7 * len(texts))]), rnn.WORDS)
-    for task, known in (("predictor", words[: int(0.7 * len(words))]), ("classifier", known)):
+    heard = rnn.tokenize(" ".join(texts[: int(0.7 * len(texts))]), rnn.WORDS)
+    for task, known in (("predictor", words[: int(0.7 * len(words))]), ("classifier", heard)):
         assert set(data[task].preprocessing["vocabulary"]) == {rnn.PAD, rnn.UNK, *known}
 
 

@@ -165,3 +165,9 @@ def test_a_run_elsewhere_is_the_run_on_the_cpu_and_no_step_waits(
     first, *_, last = waits_by_step
     assert first == last, f"between two batches the CPU waits for {last[len(first) :]}"
     rnn.load_checkpoint(tmp_path / "elsewhere" / f"models/{run}.pt")  # on the CPU
+
+
+def test_a_rank_of_torchrun_takes_the_gpu_of_its_number(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(rnn, "is_usable", lambda name: True)
+    assert rnn.choose_device("auto") == torch.device("cuda:1")

@@ -3,7 +3,9 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -132,3 +134,24 @@ def test_a_worker_that_is_killed_ends_the_command_in_one_line_and_resuming_does_
     wait_for(lambda: group_is_gone(process), seconds=2)
     assert start(*arguments, "--epochs", "30", "--resume").wait() == 0
     assert len(records(tmp_path)) == 8
+
+
+def test_two_machines_do_what_one_does_and_say_once_what_is_wrong(tmp_path):
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+
+    def two_machines(*arguments):
+        command = [*torchrun, SCRIPT[1], *TINY, "--tune", *arguments]
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        machines = [subprocess.Popen(command, **options) for _ in range(2)]
+        errors = [machine.communicate(timeout=120)[1] for machine in machines]
+        return {machine.returncode for machine in machines}, "".join(errors)
+
+    assert start(*TINY, "--tune", "--output-dir", tmp_path / "one").wait() == 0
+    assert two_machines("--output-dir", tmp_path / "two")[0] == {0}
+    assert tables(tmp_path / "two") == tables(tmp_path / "one")
+    statuses, error = two_machines("--window", "20", "--output-dir", tmp_path / "two")
+    assert statuses == {1} and error.count("window (50, not 20)") == 1
