@@ -1534,7 +1534,7 @@ def review_baselines(task, data, config, seed):
                 baselines["naive Bayes"] = label_answers(tested / temperature, truth)
     seed_torch(seed, "weights")
     network = Recency(embed_dim=config.embed_dim, **data.sizes)
-    baselines["recency network"] = without_recurrence(network, task, data, config, 3e-2, seed, 1e-4)
+    baselines["recency network"] = without_recurrence(network, task, data, config, 1e-2, seed, 1e-4)
     return baselines
 
 
