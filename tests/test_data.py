@@ -63,7 +63,7 @@ def test_contiguous_parts_look_back_share_no_target_and_lose_nothing(data):
     assert scaler["std"] == pytest.approx(spread), "the unit is the training part's"
 
     corpus = rnn.generate_corpus(rnn.QUICK["predictor"], rnn.random_generator(0, "corpus"))
-    vocabulary = data["predictor"].preprocessing["vocabulary"]
+    vocabulary = list(data["predictor"].preprocessing["vocabulary"])
     ids = data["predictor"].train.inputs[0].tolist()
     for split in SPLITS:
         dataset = getattr(data["predictor"], split)
@@ -309,7 +309,7 @@ def test_only_the_writers_last_opinion_depends_on_the_label():
 
 def test_a_changed_example_calls_for_another_answer(data):
     own = data["predictor"]
-    words = own.preprocessing["vocabulary"]
+    words = list(own.preprocessing["vocabulary"])
     subjects = rnn.corpus_subjects()
     rows, before, after = own.change
     assert len(rows) > 20

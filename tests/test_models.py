@@ -106,7 +106,8 @@ def test_a_cell_of_ones_own_starts_as_it_likes_and_is_trained_and_its_error_is_s
     class MGUForecaster(rnn.Forecaster):
         """A forecaster on the cell."""
 
-    MGUForecaster.cell = cell
+        cell = "MGU"
+
     settings = {"tasks": ["forecaster"], "quick": True, "output_dir": tmp_path}
     torch.manual_seed(0)
     weights = MGUForecaster(1, 16, 1).recurrent.gate.weight
