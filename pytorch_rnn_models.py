@@ -1765,7 +1765,7 @@ def build_corpus(config, seed, device=CPU):
     ids = encode(words, vocabulary)
     splits, targets = window_splits(CorpusDataset, ids, parts, window, 1, device)
     test = splits[2]
-    unknown = (test.targets == 1).float().mean()
+    unknown = (test.targets == 1).float().mean().item()
     notes = []
     if unknown > 0.3:
         notes.append(f"{unknown:.0%} of the words of the test part are unknown or rare in training")
@@ -2632,21 +2632,24 @@ def unlearnt(runs, scores):
 
 # --- by distance ----------------------------------------------------------------------
 
-# by task: what `distance` is, or `lag`, over which effects are shown where there is one; the lower
-# ends of the intervals; what the effect of a change is
+# by task: what `distance` is for scores; what it, or `lag`, is for effects of a change; the lower
+# ends of the intervals; what the effect is
 DISTANCES = {
     "classifier": (
+        "words after the opinion that counts",
         "words after the opinion that counts",
         (0, 10, 25, 50, 100),
         "rise in probability of the new label\nif that opinion is reversed",
     ),
     "predictor": (
         "words back to the subject",
+        "words back to the subject",
         (2, 4, 5, 6, 7, 8),
         "rise in probability of the new favourite\nif the subject is exchanged",
     ),
     "forecaster": (
-        "steps since a switch, or back to the shifted value",
+        "steps since a period switched",
+        "steps back to the shifted value",
         (0, *LAGS),
         "shift of the forecast, as a share\nof the shift of one value",
     ),
@@ -2661,11 +2664,12 @@ def distance_tables(examples):
     """
     tables = []
     for value, (task, table) in product(("score", "effect"), examples.groupby("task", sort=False)):
-        x_label, edges, y_label = DISTANCES[task]
+        score_label, x_label, edges, y_label = DISTANCES[task]
         metric = METRICS[TASKS[task].metrics[0]]
         distance = table["lag"].fillna(table["distance"])
         if value == "score":
             distance = table["distance"]
+            x_label = score_label
             y_label = metric.label
         table = table.assign(
             score=metric.scale * metric.of(table),
@@ -2727,7 +2731,6 @@ def verdict_table(comparisons, n_seeds):
 
 # what textbooks say, by column of `run_table`; far_effect is the effect of a change far back
 CLAIMS = {
-    "recurrent_parameters": "RNN < GRU < LSTM",
     "ms_per_step": "GRU < LSTM",
     "best_epoch": "LSTM < GRU < RNN",
     "test_accuracy": "RNN < GRU < LSTM",
