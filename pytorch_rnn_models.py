@@ -10,7 +10,7 @@ Tasks       classifier   positive or negative film reviews    (accuracy, binary 
             forecaster   the next value of noisy sine waves   (MSE, MAE)
 
 Where to begin: to see how a model is trained read `SequenceModel`, `Classifier`, `train_step`
-and `fit`, 150 lines. Then `generate_reviews` for what a task asks, and `compare` for what is
+and `fit`, 175 lines. Then `generate_reviews` for what a task asks, and `compare` for what is
 called better.
 
 Sections (each uses only what stands above it; search for the name between two ruled lines)
@@ -19,7 +19,7 @@ Sections (each uses only what stands above it; search for the name between two r
     Generated data    reviews, corpus, series; the best possible forecast of the series
     Your own data     a file or data from Python -> a table of reviews, lines or values
     Models            recurrent layer, three heads, the named classes, saving and loading
-    Training          device, one step, one epoch, evaluation, early stopping
+    Training          device, one step, evaluation, early stopping
     Baselines         majority, naive Bayes, n-grams, persistence, season, least squares,
                       and networks without recurrence, with their learning rates
     Tasks             each task's data prepared (split, cut, encoded), its loss and metrics, a
@@ -288,7 +288,8 @@ WORDS = rf"{FACE}|{ALONE}|[\w{MARKS}]+(?:'[\w{MARKS}]+)*"
 SENTENCE_END = r"[.!?](?=[\s\"')\]”’»]|$)|[।॥。！？؟۔]"
 WORDS_AND_ENDS = rf"{UNK}|{WORDS}|{SENTENCE_END}"
 MARKUP = rf"<(?!{UNK[1:]})/?[a-z][^<>]*>|\\[nrt]"  # HTML tags; line ends and tabs as escapes
-# that are tested on, that the unit of a series is made of, and that least squares learns from
+# that are validated and tested on, that least squares learns from, and that the unit of a series is
+# made of
 MOST_WINDOWS = 50_000
 CPU = torch.device("cpu")
 
@@ -397,7 +398,7 @@ def fit_vocabulary(words, size):
 
 
 def encode(words, vocabulary):
-    """The ids of `words`."""
+    """The ids of `words`, 1 for those that the vocabulary lacks."""
     return [vocabulary.get(word, 1) for word in words]
 
 
@@ -812,7 +813,8 @@ def parse_table(text):
     if all(row[len(names) :] == [""] for row in others):  # each ends with a separator
         names.append("")
     for number, row in enumerate(rows, first):
-        if len(row) != len(names):
+        row += [""] * (len(names) - len(row))
+        if len(row) > len(names):
             raise InputError(
                 f"row {number} has {len(row)} cells, row {first} {len(names)}: names must stand "
                 "there, with nothing above; a cell that holds a separator needs quotation marks"
@@ -824,12 +826,15 @@ def parse_table(text):
 
 def find_column(table, named, usual, option):
     """The column that the user named, or that has a usual name; raises InputError."""
+    if table.empty:
+        raise InputError("no rows below row 1")
     named = str(named)  # from Python it may be a number
     found = [name for name in table if (name == named if named else name.lower() in usual)]
     if len(found) != 1:
         raise InputError(
             f"{len(found)} columns for {option} ({named or ', '.join(usual) or 'plain numbers'}): "
-            f"name one with --{option}-column; names stand in row 1: {list(table.iloc[0].items())}"
+            f"name one with --{option}-column; names stand in row 1: "
+            f"{', '.join(f'{name} ({cell!s:.20})' for name, cell in table.iloc[0].items())}"
         )
     return table[found[0]]
 
@@ -887,14 +892,14 @@ def read_series(table, separator, column, notes):
         and not (separator and re.fullmatch(NUMBER, name))  # of a file without a header
     ]
     cells = find_column(table, column, usual, "series")
-    first = numbers[cells.name].first_valid_index()
+    first = cells.str.match(r"\W*\d").idxmax()
     if first != table.index[0]:
         notes.append(f"the rows above row {first} hold no number and were left out")
     values = numbers.loc[first:, cells.name]
     for row in values.index[~np.isfinite(values)]:
         raise InputError(
             f"row {row} holds '{cells[row]}' in the column {cells.name!r}: a number such as "
-            "1234.5 is needed, without a sign for thousands, currency or per cent"
+            "1234.5 is needed, without signs for thousands, currency or per cent; a row without must go"
         )
     for code in values.agg(["min", "max"]):
         count = (values == code).sum()
@@ -906,24 +911,24 @@ def read_series(table, separator, column, notes):
 
     for name, times in table.loc[first:].drop(columns=cells.name).items():
         is_date = re.search(DATE, str(times.iloc[0]))
-        steps = time_steps(times) if is_date else numbers.loc[first:, name].diff()
+        steps = time_steps(times) if is_date else as_numbers(times, separator).diff()
         steps = steps.iloc[1:]
+        is_time = times.nunique() > 1 and (is_date or name.lower() in TIME_COLUMNS)
+        if is_time and np.isnan(steps.iloc[-1]) and steps.isna().sum() == 1:
+            row = steps.index[-1]
+            notes.append(f"{name!r} is no time in the last row, {row} ({times[row]!r}): left out")
+            values = values[values.index != row]
+            steps = steps.iloc[:-1]
         if (steps < 0).all():
             notes.append(f"the newest value came first by {name!r}: the series was turned round")
             return values[::-1]
-        if times.nunique() == 1 or not (is_date or name.lower() in TIME_COLUMNS):
+        if not is_time:
             continue
         for row in steps.index[~(steps > 0)][:1]:
-            if row == steps.index[-1] and np.isnan(steps[row]):
-                notes.append(
-                    f"{name!r} is no time at row {row} ({times[row]!r}), the last: it was left out"
-                )
-                values = values[values.index != row]
-            else:
-                notes.append(
-                    f"{name!r} does not rise, or is no time, at row {row} ({times[row]!r}): "
-                    "is it one series, the oldest value first?"
-                )
+            notes.append(
+                f"{name!r} does not rise, or is no time, at row {row} ({times[row]!r}): "
+                "is it one series, the oldest value first?"
+            )
         if steps.max() > 1.5 * steps.quantile(0.9):  # months differ in length
             notes.append(f"gaps in {name!r}, the longest before row {steps.idxmax()}")
     return values
@@ -950,8 +955,6 @@ def read_user_data(option, given, columns):
         else:
             table = DataFrame(given).rename(columns=str)
             table = table.reset_index(drop=not hasattr(table.index, "year"))  # times count
-        if table.empty:
-            raise InputError(f"no rows below row 1: {', '.join(table)}")
         if option == "series":
             table = read_series(table.astype(str), separator, *columns, notes).to_frame("value")
         else:
@@ -1171,9 +1174,8 @@ class Forecaster(SequenceModel):
         values = np.array(values, dtype=float)
         if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise InputError("a series must hold one or more finite values, in one dimension")
-        scaler = self.preprocessing["scaler"]
-        mean = scaler["mean"]
-        std = scaler["std"]
+        mean = self.preprocessing["mean"]
+        std = self.preprocessing["std"]
         scaled = (values[-self.preprocessing["window"] :] - mean) / std
         windows = torch.tensor(scaled, dtype=torch.float32)[None, :, None]  # (1, T, 1)
         return self.roll_forward(windows, length)[0].double().numpy() * std + mean
@@ -1856,7 +1858,7 @@ def build_series(config, seed, device=CPU):
     return TaskData(
         *splits,
         sizes={"input_dim": 1, "output_dim": 1},
-        preprocessing={"scaler": {"mean": offset, "std": unit}, "window": window},
+        preprocessing={"mean": offset, "std": unit, "window": window},
         examples=examples,
         change=Change(range(len(test)), test, shifted),
         spell=lambda answers: values[targets - 1] + unit * answers,
@@ -2057,7 +2059,7 @@ def forecasts(model, data, shown=120, horizon=120):
         "free_truth": truth[0],
         "free_forecast": free[0],
     }
-    offset = data.preprocessing["scaler"]["mean"]
+    offset = data.preprocessing["mean"]
     found = {name: (each * data.unit + offset).tolist() for name, each in values.items()}
     for name, each in (("free_mse", free), ("persistence_mse", windows[:, -1])):
         found[name] = ((each - truth).square().mean(dim=0) * data.unit**2).tolist()
@@ -2117,7 +2119,7 @@ class Experiment(NamedTuple):
     workers: int = 1  # processes that train; one is this process itself
 
 
-@lru_cache(maxsize=10)
+@lru_cache(maxsize=3)
 def load_data(task, config, seed, device):
     """A seed's data, kept for other models; InputError names the user's file."""
     own = config.own
@@ -2130,7 +2132,7 @@ def load_data(task, config, seed, device):
 
 def log(text):
     """Print to stderr, over the bar of the main process; training needs nobody to listen."""
-    with suppress(OSError):
+    with suppress(AttributeError, OSError, ValueError):
         over = "\r\x1b[K" if sys.stderr.isatty() else ""
         tqdm.write(f"{over}{text}\n", file=sys.stderr, end="", nolock=True)
 
@@ -2168,8 +2170,8 @@ def spelled(data, kind, tables):
     """
     found = {}
     for name, table in tables.items():
-        table = table.assign(answer=data.spell(table["answer"]))
-        found[name] = {"kind": kind, **as_lists(table)}
+        answers = as_lists(table.assign(answer=data.spell(table["answer"])))
+        found[name] = {"kind": kind, **answers}
     return found
 
 
@@ -2224,7 +2226,7 @@ def trained_model(run, experiment, config, data):
 
 
 def train_run(run, experiment):
-    """Do a run, when resuming one that is not finished.
+    """Do a run; when resuming, only if it is not finished.
 
     The model is written first, the record last: it says that all is there. A record holds the
     fields of Run, the configuration and the environment; of a model its history, answers, parts,
@@ -2233,12 +2235,12 @@ def train_run(run, experiment):
     """
     if experiment.resume and finished(run, experiment.folder):
         return
+    path = experiment.folder / f"runs/{run}.json"
+    path.unlink(missing_ok=True)  # an older one must not stand beside a newer model
     config = experiment.config[run.task]
     device = CPU if run.model == BASELINES else experiment.device
     prepare_device(device)
     data = load_data(run.task, config, run.seed, device)
-    path = experiment.folder / f"runs/{run}.json"
-    path.unlink(missing_ok=True)  # an older one must not stand beside a newer model
     record = {
         **run._asdict(),
         "config": plain_config(config),
@@ -2378,15 +2380,14 @@ def started_runs(runs, experiment, bar):
         for run in runs:
             yield run, partial(train_run, run, experiment)
         return
-    others = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(experiment.workers, context, end_with_parent)
     try:
         # the processes, which start now, inherit that Ctrl-C is ignored: it is for this one; and
         # large pages, for glibc: else a tenth of an LSTM's step on the reviews is page faults
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        tunables = os.environ.pop("GLIBC_TUNABLES", None)
-        os.environ["GLIBC_TUNABLES"] = tunables or "glibc.malloc.hugetlb=1"
+        tunables = os.environ.get("GLIBC_TUNABLES")
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         futures = {pool.submit(train_run, run, experiment): run for run in runs}
         if not tunables:
             del os.environ["GLIBC_TUNABLES"]
@@ -2396,7 +2397,7 @@ def started_runs(runs, experiment, bar):
                 yield futures.pop(future), future.result
             bar.refresh()  # the workers' lines were written over it
     except BaseException:
-        for process in {*multiprocessing.active_children()} - {*others}:
+        for process in multiprocessing.active_children():
             process.kill()
         raise
     finally:
@@ -2413,8 +2414,8 @@ def train_runs(step, runs, experiment):
     bar = tqdm(
         desc=step,
         total=len(runs),
-        # without a terminal, and with other ranks, there are the lines alone
-        disable=None if N_RANKS == 1 else True,
+        # None: only on a terminal
+        disable=N_RANKS > 1 or None,
         leave=False,
         smoothing=0,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left",
@@ -2472,9 +2473,8 @@ def train_all(experiment):
     # that leaves few cores idle at the end, for the GRU takes longest, and next words least
     runs.sort(key=lambda run: (run.task, run.model != BASELINES, run.model))
     records = [folder / f"runs/{run}.json" for run in runs]
-    present = sum(record.exists() for record in records)
-    if present and not experiment.resume and RANK == 0:
-        log(f"{present} finished runs are trained again; --resume would keep them")
+    if RANK == 0 and not experiment.resume and any(record.exists() for record in records):
+        log("finished runs are trained again; --resume would keep them")
     wait_for_ranks(f"{folder}: checked")
     train_runs("training", runs, experiment)
     return sum(not record.exists() for record in records)
@@ -2695,10 +2695,14 @@ those of training and validation, times of a step those of training alone, with 
 it."""
 
 
+# to three digits, without an exponent
+digits = partial(np.format_float_positional, precision=3, fractional=False, trim="-")
+
+
 def show(mean, std):
     """A number with two digits of its spread; without a spread, three digits."""
     if not std > 1e-9 * abs(mean):  # nan on one seed
-        return f"{mean:.3g}"
+        return digits(mean)
     places = max(0, 1 - math.floor(math.log10(std)))
     return f"{mean:.{places}f} ± {std:.{places}f}"
 
@@ -2724,30 +2728,26 @@ def verdict_table(comparisons, n_seeds):
     table[["difference", "low", "high"]] *= metric.scale
     two_errors = (table["high"] - table["low"]) / t_quantile(n_seeds)
     needed = n_seeds * (two_errors / table["difference"]) ** 2
-    needed = needed.clip(n_seeds + 1, 100).where(table["verdict"] == "undecided")
-    table["seeds needed"] = needed.round()
+    needed = needed.clip(n_seeds + 1, 100).round()
+    table["seeds needed"] = needed.where(table["verdict"] == "undecided")
     return table.rename(columns={"difference": f"a - b: {metric.label}"})
 
 
-# what textbooks say, by column of `run_table`; far_effect is the effect of a change far back
+# what textbooks say, by column of `run_table`
 CLAIMS = {
     "ms_per_step": "GRU < LSTM",
     "best_epoch": "LSTM < GRU < RNN",
     "test_accuracy": "RNN < GRU < LSTM",
     "test_mse": "LSTM < GRU < RNN",
-    "far_effect": "RNN < GRU < LSTM",
 }
-FAR = "task == 'classifier' and distance >= 50 or task == 'predictor' and distance >= 7"  # words
 
 
-def common_claims(runs, examples):
+def common_claims(runs):
     """What is commonly said of the cells, the means that were measured, and whether it holds.
 
     Of each two neighbours in an order: it does if the 95 % interval of their paired difference lies
     above 0, it does not if that lies below, over the seeds on which all cells named were trained.
     """
-    effects = examples.query(FAR).groupby(["task", "name", "seed"])["effect"].mean()
-    runs = runs.join(effects.rename("far_effect"), KEYS)
     rows = []
     for column, order in CLAIMS.items():
         values = runs.pivot(index=["task", "seed"], columns="model", values=column)
@@ -2796,16 +2796,14 @@ def details(results, records):
             f"{TASKS[task].title}: {' '.join(y_label.split())}, by {x_label}",
             table.T.reset_index(),
         ]
+    claims = common_claims(results.runs)
+    if len(claims):
+        parts += [
+            "What is commonly said, the means of the cells in that order, and whether it holds",
+            claims,
+        ]
     environments = DataFrame(record["environment"] for record in records)
-    return [
-        *parts,
-        "What is commonly said, the means of the cells in that order, and whether it holds. On the "
-        "generated data mean accuracies were expected from 0.60 to 0.70 (RNN), 0.70 to 0.80 (GRU) "
-        "and 0.75 to 0.85 (LSTM) in the classifier, and from 0.40 to 0.60 (LSTM) in the predictor",
-        common_claims(results.runs, results.examples),
-        environments.drop_duplicates(),
-        NOTES,
-    ]
+    return [*parts, environments.drop_duplicates(), NOTES]
 
 
 # ======================================================================================
@@ -2878,9 +2876,8 @@ def history_figure(results, task):
             axes.plot(run[f"validation_{name}"], "o-", color=colour(model), markevery=kept)
         # by validation: training that begins with an explosion must not flatten the others
         shown = history[f"validation_{name}"]
-        limits = (0.9 * shown.min(), 1.1 * shown.max())
-        axes.set(title=model, xlabel="epoch", ylabel=name, ylim=limits)
-        axes.locator_params(axis="x", integer=True)
+        axes.set(title=model, xlabel="epoch", ylabel=name)
+        axes.set_ylim(0.9 * shown.min(), 1.1 * shown.max())
     return figure
 
 
@@ -2931,7 +2928,7 @@ def architectures_figure(results):
 
 
 def performance_figure(results):
-    """A row per task: test metric with baselines and ceiling, training time, cost of a step."""
+    """A row per task: test metric with baselines and ceiling, training time, step, memory."""
     tasks = results.runs.groupby("task", sort=False)
     figure, grid = new_figure(len(tasks), 4, 4, 2.5)
     costs = {
@@ -2995,9 +2992,6 @@ def errors_figure(results):
     return figure
 
 
-LINES = {"model": "-", "baseline": ":", "ceiling": "--"}
-
-
 def long_range_figure(results):
     """What is kept over distance: scores, and effects of a change; only panels with data."""
     tables = distance_tables(results.examples)
@@ -3008,7 +3002,8 @@ def long_range_figure(results):
     figure, grid = new_figure(rows, columns, 4.6, 3.8)
     for (task, x_label, y_label, table), axes in zip(tables, grid.flat):
         for ((name, kind), values), marker in zip(table.items(), cycle("osD^vP*X")):
-            axes.plot(values, marker + LINES[kind], color=colour(name), label=name)
+            line = {"model": "-", "ceiling": "--"}.get(kind, ":")
+            axes.plot(values, marker + line, color=colour(name), label=name)
         axes.set(title=TASKS[task].title, xlabel=x_label, ylabel=y_label, xticks=table.index)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     return figure
@@ -3090,7 +3085,7 @@ def draw_figures(results):
                 figure = draw(results)
                 if figure:
                     figure.suptitle(title)
-                    figure.savefig(content)
+                    figure.savefig(content, format="png")
                     figures[name] = figure
                     pictures.append((name, content.getvalue(), hint))
         except Exception as error:
@@ -3105,7 +3100,6 @@ def page_and_markdown(report):
     """
     page = PAGE_HEAD
     markdown = ""
-    digits = "{:.3g}".format
     for heading, parts in report.items():
         page += f"\n<h2>{html.escape(heading)}</h2>"
         markdown += f"\n## {heading}\n"
@@ -3208,7 +3202,7 @@ SWITCHES = {
 }
 NUMBER_OPTIONS = {
     "seeds": "default: 42 43 44; with --quick: 42",
-    "workers": "runs at a time; default: as many as cores, 1 with --quick or on a GPU",
+    "workers": "runs at a time; default: as many as cores, 1 with --quick, a GPU or torchrun",
     "length": "with --predict: words or values to continue by; default: 20",
     "temperature": "with --predict: of words; 0 takes the likeliest; default: 1",
     "seed": "with --predict: of the words that are drawn; default: 42",
@@ -3230,10 +3224,11 @@ def check_list(name, values, choices=()):
 
 def choose_device(name):
     """The device of that name, if it is usable; "auto" is CUDA, or else the CPU; InputError."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers the ranks of a machine
     if name == "auto":
-        name = "cuda" if is_usable("cuda") else "cpu"
+        name = gpu if is_usable(gpu) else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # among the ranks of this machine
+        name = gpu
     if not is_usable(name):
         raise InputError(f"device {name!r}: there is none here that works; choose another, or auto")
     return torch.device(name)
@@ -3289,7 +3284,8 @@ def run(
     and `output_dir`, into which all is written, are paths or their names. In place of a file there
     may be data: `reviews` (texts, labels) or a data frame; `corpus` lines of text; `series` values
     (N,), also with times as their index. Returns `Results`. Raises InputError, RunError (no run
-    came to its end, or a process was killed), OSError.
+    came to its end, or a process was killed), OSError; SystemExit in the processes of torchrun but
+    the first, which makes the report.
     """
     # what cannot be used is said before anything else
     tasks = check_list("tasks", tasks, TASKS)
@@ -3449,7 +3445,7 @@ def main(argv=None):
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, terminate)
-    if argv is None and "ipykernel" in sys.modules:
+    if argv is None and "kernel_launcher" in sys.argv[0]:
         argv = []  # in a notebook the program's own are those of its kernel
     try:
         options = vars(parse_args(argv))

@@ -50,7 +50,7 @@ def test_vocabularies_hold_the_words_of_the_training_part_only(data):
 def test_contiguous_parts_look_back_share_no_target_and_lose_nothing(data):
     series = rnn.generate_series(rnn.QUICK["forecaster"], rnn.random_generator(0, "series"))
     series = series["value"].to_numpy()
-    scaler = data["forecaster"].preprocessing["scaler"]
+    scaler = data["forecaster"].preprocessing
     values = data["forecaster"].train.inputs[0, :, 0]
     for split in SPLITS:
         dataset = getattr(data["forecaster"], split)

@@ -189,7 +189,7 @@ def test_damaged_and_foreign_files_are_no_models(quick_run, tmp_path):
 
 def test_a_free_running_forecast_is_fed_back_and_in_the_units_of_the_series(data):
     own = data["forecaster"]
-    mean = own.preprocessing["scaler"]["mean"]
+    mean = own.preprocessing["mean"]
     model = new_model("forecaster", "LSTM", data).eval()
     found = rnn.forecasts(model, own, shown=4, horizon=5)
     window = own.test.inputs[:1]
