@@ -899,7 +899,7 @@ def read_series(table, separator, column, notes):
     for row in values.index[~np.isfinite(values)]:
         raise InputError(
             f"row {row} holds '{cells[row]}' in the column {cells.name!r}: a number such as "
-            "1234.5 is needed, without signs for thousands, currency or per cent; a row without must go"
+            "1234.5 is needed, no sign for thousands, currency or per cent; a row without must go"
         )
     for code in values.agg(["min", "max"]):
         count = (values == code).sum()
