@@ -793,8 +793,9 @@ def parse_table(text):
     text = re.sub(r"\n[\s;,]*\Z", "\n", text + "\n")  # spreadsheets add rows of nothing
     comments, header = re.match(r"((?:#.*\n)*)([^\r\n]*)", text).groups()
     separator = next((mark for mark in "\t;" if mark in header), ",")
+    content = io.BytesIO(text.removeprefix(comments).encode())
     reader = csv.reader(
-        io.StringIO(text.removeprefix(comments)),
+        io.TextIOWrapper(content, "utf-8", newline=""),  # StringIO takes four bytes a character
         delimiter=separator,
         quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
         skipinitialspace=True,
@@ -2289,7 +2290,6 @@ def finished(run, folder):
     model = folder / f"models/{run}.pt"
     if run._asdict().items() <= record.items() and (run.model == BASELINES or model.exists()):
         return record
-    return None
 
 
 def read_records(folder, pattern="runs/*.json"):
