@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="signals and process groups of POSIX"),
 ]
 TINY = ["--quick", "--tasks", "forecaster", "--seeds", "1", "2"]
-MANY = ["--seeds", *map(str, range(30)), "--workers", "2"]
+MANY = ["--seeds", *map(str, range(12)), "--workers", "2"]
 
 
 def hear_interrupts():
