@@ -793,9 +793,9 @@ def parse_table(text):
     text = re.sub(r"\n[\s;,]*\Z", "\n", text + "\n")  # spreadsheets add rows of nothing
     comments, header = re.match(r"((?:#.*\n)*)([^\r\n]*)", text).groups()
     separator = next((mark for mark in "\t;" if mark in header), ",")
-    content = io.BytesIO(text.removeprefix(comments).encode())
     reader = csv.reader(
-        io.TextIOWrapper(content, "utf-8", newline=""),  # StringIO takes four bytes a character
+        # StringIO would take four bytes a character
+        io.TextIOWrapper(io.BytesIO(text.removeprefix(comments).encode()), "utf-8", newline=""),
         delimiter=separator,
         quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
         skipinitialspace=True,
@@ -2155,8 +2155,7 @@ def write_whole(path, content):
 
 def plain_config(config):
     """A configuration as a record holds it: of a user's data the name and the digest."""
-    text = json.dumps(vars(config), default=lambda own: f"{own.name} ({own.digest})")
-    return json.loads(text)
+    return json.loads(json.dumps(vars(config), default=lambda own: f"{own.name} ({own.digest})"))
 
 
 def as_lists(table):
@@ -2380,8 +2379,9 @@ def started_runs(runs, experiment, bar):
         for run in runs:
             yield run, partial(train_run, run, experiment)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(experiment.workers, context, end_with_parent)
+    pool = ProcessPoolExecutor(
+        experiment.workers, multiprocessing.get_context("spawn"), end_with_parent
+    )
     try:
         # the processes, which start now, inherit that Ctrl-C is ignored: it is for this one; and
         # large pages, for glibc: else a tenth of an LSTM's step on the reviews is page faults
@@ -2756,9 +2756,9 @@ def common_claims(runs):
             gaps = own.diff(axis=1).iloc[:, 1:]  # between neighbours
             half = t_quantile(len(gaps)) * gaps.sem()  # of the interval
             decided = [gaps.mean() > half, gaps.mean() < -half]
-            holds = np.select(decided, ["yes", "no"], "not decided")
-            measured = own.mean().map("{:.3g}".format)
-            rows.append((column, task, order, ", ".join(measured), ", ".join(holds)))
+            holds = ", ".join(np.select(decided, ["yes", "no"], "not decided"))
+            means = ", ".join(own.mean().map(digits))
+            rows.append((column, task, order, means, holds))
     return DataFrame(rows, columns=["what", "task", "said", "measured", "holds"])
 
 
@@ -2876,7 +2876,7 @@ def history_figure(results, task):
             axes.plot(run[f"validation_{name}"], "o-", color=colour(model), markevery=kept)
         # by validation: training that begins with an explosion must not flatten the others
         shown = history[f"validation_{name}"]
-        axes.set(title=model, xlabel="epoch", ylabel=name)
+        axes.set(title=model, xlabel="epoch", ylabel={"mae": "MAE (series units)"}.get(name, name))
         axes.set_ylim(0.9 * shown.min(), 1.1 * shown.max())
     return figure
 
